@@ -1,0 +1,1 @@
+"""Scripts that make the tables in `docs/`; `benchmarks/README.md` lists them."""

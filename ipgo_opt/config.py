@@ -1,0 +1,236 @@
+"""The one home of defaults, and the checks that run before any weights load."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ipgo_opt.errors import BadInput
+from ipgo_opt.models import ModelSource, resolve
+from ipgo_opt.spaces import SPACES
+from ipgo_opt.strategies import STRATEGIES
+
+if TYPE_CHECKING:
+    from ipgo_opt.models.sampler import SamplerSettings
+    from ipgo_opt.spaces.tokens import TokenShape
+    from ipgo_opt.strategies.gradient import GradientOptions
+
+FIRST_HELD_OUT_SEED = 10_000_000
+"""Seeds from here on are kept for the verdict; searches use smaller ones."""
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that determines a run. Defaults are the paper's (arXiv 2503.21812, section 5) for SD 1.5.
+
+    Attributes:
+        prompt: the raw prompt C; rewards always score images against it.
+        model: "emoji", a diffusers folder or a hub id.
+        space: what is searched.
+        strategy: how it is searched.
+        reward: name or weighted sum of rewards; larger is better.
+        judge: a held-out judge shown beside the reward, or "none".
+        budget: images that the search may generate, the raw one included.
+        seed: first search seed; also seeds the space and the strategy.
+        search_seeds: seeds on which every candidate is scored; their mean counts.
+        held_out: fresh seeds for the verdict, raw and optimized (0 to skip it).
+        num_inference_steps: sampler steps T.
+        guidance_scale: weight of classifier-free guidance.
+        height, width: image size in pixels; 0 for the model's own.
+        scheduler: a diffusers scheduler class, "" for the model's own.
+        negative_prompt: prompt of the unconditional half.
+        grad_steps: K, last steps that are differentiated.
+        gamma: weight γ of the conformity penalty, equation (12).
+        prefix, suffix: numbers of tokens M_pre and M_suf.
+        basis: number N of basis vectors.
+        layout: "shared" (equations 6, 7) or "per_token" (the released code's count of parameters).
+        scale: factor on the inserted tokens.
+        spread: Z starts uniform in [−spread, spread].
+        learning_rate, decay, decay_every, max_grad_norm: Adam's schedule and clipping.
+        batch_size: candidates per step of a black-box strategy.
+        chunk: most images per pipeline call.
+        device: "auto", "cpu", "cuda", "cuda:1", "mps".
+        dtype: "auto" (float32 on the CPU, float16 elsewhere) or one of float32, float16, bfloat16.
+
+    """
+
+    prompt: str
+    model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    space: str = "tokens"
+    strategy: str = "gradient"
+    reward: str = "clip"
+    judge: str = "none"
+    budget: int = 51
+    seed: int = 0
+    search_seeds: int = 1
+    held_out: int = 8
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    height: int = 0
+    width: int = 0
+    scheduler: str = "LMSDiscreteScheduler"
+    negative_prompt: str = ""
+    grad_steps: int = 1
+    gamma: float = 1e-3
+    prefix: int = 10
+    suffix: int = 10
+    basis: int = 30
+    layout: str = "shared"
+    scale: float = 1.0
+    spread: float = 1.0
+    learning_rate: float = 1e-3
+    decay: float = 0.9
+    decay_every: int = 10
+    max_grad_norm: float = 1.0
+    batch_size: int = 1
+    chunk: int = 8
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def token_shape(self) -> TokenShape:
+        """The shape of the token space."""
+        from ipgo_opt.spaces.tokens import TokenShape
+
+        return TokenShape(self.prefix, self.suffix, self.basis, self.layout, self.scale, self.spread)
+
+    def gradient_options(self) -> GradientOptions:
+        """The settings of the gradient strategy."""
+        from ipgo_opt.strategies.gradient import GradientOptions
+
+        return GradientOptions(self.learning_rate, self.decay, self.decay_every, self.max_grad_norm)
+
+    def sampler_settings(self, size: tuple[int, int]) -> SamplerSettings:
+        """How images are made; `size` is the model's own (height, width)."""
+        from ipgo_opt.models.sampler import SamplerSettings
+
+        return SamplerSettings(
+            self.num_inference_steps, self.guidance_scale, self.height or size[0], self.width or size[1],
+            self.grad_steps, self.negative_prompt,
+        )  # fmt: skip
+
+
+MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
+    "emoji": {
+        "reward": "clip+0.2*aesthetic",
+        "judge": "judge",
+        "scheduler": "",
+        "num_inference_steps": 20,
+        "guidance_scale": 4.0,
+        "learning_rate": 1e-2,
+        "spread": 0.1,
+    },
+}
+"""What a model of another size wants instead of the paper's settings, and why:
+
+emoji: 20 LMS steps are enough at 64 × 64; its tokens have norm 11 and respond to larger steps; the sum of alignment
+and aesthetics is a reward that a person agrees with, where aesthetics alone is hacked.
+"""
+
+
+def configure(prompt: str, **given: Any) -> RunConfig:
+    """A complete, checked configuration; settings that are absent or None take the model's default.
+
+    Raises BadInput with one line that states the rule and the value, before any weights load.
+    """
+    known = {field.name for field in dataclasses.fields(RunConfig)}
+    for name in given:
+        if name not in known:
+            raise BadInput(f"there is no setting {name!r}; the settings are {', '.join(sorted(known))}.")
+    chosen = {name: value for name, value in given.items() if value is not None}
+    model = chosen.setdefault("model", "emoji")
+    if not isinstance(model, str):
+        raise BadInput(f"model must be a name, a folder or a hub id, but got {model!r}.")
+    config = RunConfig(prompt, **(MODEL_DEFAULTS.get(model, {}) | chosen))
+    check(config)
+    return config
+
+
+def _whole(config: RunConfig, **least: int) -> None:
+    for name, low in least.items():
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise BadInput(f"`{name} >= {low}` must hold for a whole number, but got {name}={value!r}.")
+
+
+def check(config: RunConfig) -> ModelSource:
+    """Raises BadInput unless the configuration can run; returns the resolved model."""
+    from ipgo_opt.rewards import JUDGES
+    from ipgo_opt.rewards.base import parse
+
+    if not isinstance(config.prompt, str) or not config.prompt.strip():
+        raise BadInput(f"the prompt must not be empty, but got {config.prompt!r}.")
+    _whole(
+        config, budget=1, seed=0, search_seeds=1, held_out=0, num_inference_steps=1, height=0, width=0, grad_steps=1,
+        prefix=0, suffix=0, basis=1, decay_every=1, batch_size=1, chunk=1,
+    )  # fmt: skip
+    for name in ("guidance_scale", "gamma", "scale", "spread", "learning_rate", "decay", "max_grad_norm"):
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+            raise BadInput(f"`{name} >= 0` must hold for a finite number, but got {name}={value!r}.")
+    if config.seed + config.search_seeds > FIRST_HELD_OUT_SEED:
+        raise BadInput(
+            f"search seeds must be below {FIRST_HELD_OUT_SEED} (later ones are held out), but got "
+            f"seed={config.seed}, search_seeds={config.search_seeds}."
+        )
+    step = config.search_seeds * config.batch_size
+    if config.budget < config.search_seeds + step:
+        raise BadInput(
+            f"budget must pay for the raw prompt and one step, {config.search_seeds + step} images, but got "
+            f"budget={config.budget}."
+        )
+    if config.grad_steps > config.num_inference_steps:
+        raise BadInput(
+            f"`grad_steps <= num_inference_steps` must hold, but got grad_steps={config.grad_steps}, "
+            f"num_inference_steps={config.num_inference_steps}."
+        )
+    SPACES.check(config.space)
+    STRATEGIES.check(config.strategy)
+    named = not config.reward.startswith("object:")  # otherwise it was passed to ipgo_opt.optimize as an object
+    if named:
+        parse(config.reward)
+    if config.judge != "none":
+        JUDGES.check(config.judge)
+    config.token_shape().check()
+    config.gradient_options()
+    source = resolve(config.model)
+    if not source.embedded and (named or config.judge != "none"):
+        raise BadInput(
+            f"the rewards and the judge of this version know the embedded model's world only, but got reward="
+            f"{config.reward}, judge={config.judge}, model={config.model!r}; with another model, pass a reward object "
+            "to ipgo_opt.optimize."
+        )
+    if config.scheduler:
+        import diffusers
+
+        if not hasattr(getattr(diffusers, config.scheduler, None), "set_timesteps"):
+            raise BadInput(f"scheduler must be a scheduler class of diffusers, but got {config.scheduler!r}.")
+    check_device(config.device, config.dtype)
+    return source
+
+
+def check_device(device: str, dtype: str) -> tuple[str, str]:
+    """The device and dtype that "auto" stands for; BadInput for what this machine does not have."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise BadInput(f"device must be auto, cpu, cuda or mps, but got {device!r}.") from None
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if kind not in available:
+        raise BadInput(f"device must be auto, cpu, cuda or mps, but got {device!r}.")
+    if not available[kind]:
+        raise BadInput(f"device {device!r} was asked for, but this machine has no usable {kind}.")
+    if dtype == "auto":
+        dtype = "float32" if kind == "cpu" else "float16"
+    if dtype not in DTYPES:
+        raise BadInput(f"dtype must be auto, {', '.join(DTYPES)}, but got {dtype!r}.")
+    if kind == "cpu" and dtype == "float16":
+        raise BadInput("dtype float16 does not run on the CPU; use float32 or bfloat16.")
+    return device, dtype

@@ -1,0 +1,139 @@
+"""What a run looks like on a terminal: a live panel, or plain lines where the output is none. All on stderr."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from ipgo_opt.report import rows
+
+if TYPE_CHECKING:
+    from ipgo_opt.config import RunConfig
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: list[float], width: int = 48) -> str:
+    """The values as a row of at most `width` bars; each bar is the mean of its share."""
+    if not values:
+        return ""
+    cells = min(width, len(values))
+    edges = [round(i * len(values) / cells) for i in range(cells + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, span = min(means), max(means) - min(means)
+    return "".join(BARS[round((mean - low) / span * (len(BARS) - 1)) if span else 0] for mean in means)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+class Display:
+    """A reporter on a console.
+
+    Args:
+        console: where it is shown; defaults to standard error.
+
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self.live: Live | None = None
+        self.history: list[dict[str, Any]] = []
+        self.printed = 0.0
+
+    def started(self, config: RunConfig, out: Path, history: list[dict[str, Any]]) -> None:
+        """Shows what is run and opens the live panel."""
+        self.config, self.history = config, list(history)
+        again = f", continued after {len(history)} images" if history else ""
+        self.console.print(
+            f"{config.prompt!r}: {config.space} × {config.strategy} on {config.model}, reward {config.reward}, "
+            f"{config.budget} images{again}",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+        if not self.console.is_terminal:
+            return
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            console=self.console,
+        )  # fmt: skip
+        self.task: TaskID = self.progress.add_task("search", total=config.budget, completed=len(history))
+        self.live = Live(self._panel(), console=self.console, refresh_per_second=8, transient=True)
+        self.live.start()
+
+    def _panel(self) -> RenderableType:
+        table = Table(box=None, pad_edge=False)
+        for column in ("", "raw", "current", "best"):
+            table.add_column(column, justify="left" if not column else "right")
+        scored = [record for record in self.history if record["reward"] is not None]
+        if scored:
+            raw, now = scored[0], scored[-1]
+            best = max(scored, key=lambda record: record["reward"])
+            table.add_row("reward", *(_number(record["reward"]) for record in (raw, now, best)))
+            for name in now["parts"] if len(now["parts"]) > 1 else ():
+                table.add_row(f"  {name}", *(_number(record["parts"][name]) for record in (raw, now, best)))
+            if now["judge"] is not None:
+                table.add_row("judge", *(_number(record["judge"]) for record in (raw, now, best)), style="cyan")
+        line = Text(sparkline([record["reward"] for record in scored]), style="green")
+        return Group(table, line, self.progress)
+
+    def evaluated(self, record: dict[str, Any]) -> None:
+        """Takes in a scored image."""
+        self.history.append(record)
+        if self.live is not None:
+            self.progress.update(self.task, completed=len(self.history))
+            self.live.update(self._panel())
+        elif time.monotonic() - self.printed > 2 or len(self.history) in (1, self.config.budget):
+            self.printed = time.monotonic()
+            self.console.print(
+                f"image {len(self.history)}/{self.config.budget}  reward {_number(record['reward'])}  "
+                f"best {_number(record['best'])}  judge {_number(record['judge'])}  {record['seconds']:.0f} s",
+                highlight=False,
+            )
+
+    def judging(self, done: int, total: int) -> None:
+        """Takes in the progress of the verdict."""
+        if self.live is not None:
+            self.progress.update(self.task, description="fresh seeds", completed=done, total=total)
+        elif done == total:
+            self.console.print(f"{total} images on fresh seeds", highlight=False)
+
+    def stop(self) -> None:
+        """Closes the live panel."""
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+
+    def finished(self, summary: dict[str, Any]) -> None:
+        """Shows the result."""
+        self.stop()
+        table = Table(box=None, pad_edge=False)
+        table.add_column("")
+        table.add_column("raw", justify="right")
+        table.add_column("optimized", justify="right", style="bold")
+        for row in rows(summary):
+            table.add_row(*row)
+        self.console.print(table)
+        scores = [record["reward"] for record in self.history if record["reward"] is not None]
+        self.console.print(Text(sparkline(scores), style="green"))
+        out = summary["out"]
+        self.console.print(
+            f"{summary['images']} images, {summary['seconds']:.0f} s. Raw {out}/raw.png, optimized {out}/best.png, "
+            f"page {out}/report.html",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+        judge = summary["judge"]
+        if judge and judge["optimized"] < 0.9 * judge["raw"] and summary["search_reward"] > summary["raw_reward"]:
+            self.console.print(
+                f"The reward rose, but the held-out judge fell from {judge['raw']:.3f} to {judge['optimized']:.3f}: "
+                "look at the image, the reward may have been hacked.",
+                style="yellow", highlight=False,
+            )  # fmt: skip

@@ -1,0 +1,88 @@
+"""report.html: a run on one self-contained page, made from the run directory alone."""
+
+from __future__ import annotations
+
+import base64
+import html
+from pathlib import Path
+from typing import Any
+
+STYLE = """
+:root { color-scheme: light dark }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+figure { display: inline-block; margin: 0 1.5rem 1rem 0 } figure img { width: 320px; border-radius: 6px }
+table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .25rem .9rem .25rem 0; text-align: left }
+td { font-variant-numeric: tabular-nums } svg { width: 100%; height: auto } .note { opacity: .7 }
+"""
+
+
+def curve(history: list[dict[str, Any]]) -> str:
+    """An SVG of every reward (dots), the best so far (line) and the raw prompt's (dashes) against images."""
+    points = [(record["image"], record["reward"], record["best"]) for record in history if record["reward"] is not None]
+    if not points:
+        return ""
+    width, height, left, bottom = 760, 260, 56, 34
+    low, high = min(p[1] for p in points), max(p[1] for p in points)
+    low, high = (low - 0.5, high + 0.5) if low == high else (low, high)
+    last = max(points[-1][0], 1)
+
+    def x(image: float) -> float:
+        return left + image / last * (width - left - 12)
+
+    def y(value: float) -> float:
+        return 12 + (high - value) / (high - low) * (height - bottom - 12)
+
+    dots = "".join(f'<circle cx="{x(i):.1f}" cy="{y(r):.1f}" r="2.4"/>' for i, r, _ in points)
+    best = " ".join(f"{x(i):.1f},{y(b):.1f}" for i, _, b in points)
+    raw = y(points[0][1])
+    return (
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="reward against images" fill="currentColor" '
+        f'font-size="12"><g fill="#8888">{dots}</g>'
+        f'<polyline points="{best}" fill="none" stroke="#d2571b" stroke-width="2.5"/>'
+        f'<line x1="{left}" x2="{width - 12}" y1="{raw:.1f}" y2="{raw:.1f}" stroke="#4a7" stroke-dasharray="6 4"/>'
+        f'<text x="2" y="{y(high) + 4:.1f}">{high:.3f}</text><text x="2" y="{y(low) + 4:.1f}">{low:.3f}</text>'
+        f'<text x="{left}" y="{height - 6}">0</text><text x="{width - 12}" y="{height - 6}" text-anchor="end">{last} '
+        f"images</text></svg>"
+        '<p class="note">dots: every image · line: best so far · dashes: raw prompt</p>'
+    )
+
+
+def rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What was measured, for the raw prompt and for the optimized tokens."""
+    out = [("reward on the search seeds", f"{result['raw_reward']:.4f}", f"{result['search_reward']:.4f}")]
+    held_out = result["held_out"]
+    if held_out:
+        label = f"reward on {held_out['n']} fresh seeds (mean ± sd)"
+        raw = f"{held_out['raw_mean']:.4f} ± {held_out['raw_sd']:.4f}"
+        out.append((label, raw, f"{held_out['mean']:.4f} ± {held_out['sd']:.4f}"))
+        parts = held_out["parts"]
+        for name in [name for name in parts if f"raw_{name}" in parts]:
+            out.append((f"of it, {name}", f"{parts[f'raw_{name}']:.4f}", f"{parts[name]:.4f}"))
+    if result["judge"]:
+        raw, optimized = f"{result['judge']['raw']:.4f}", f"{result['judge']['optimized']:.4f}"
+        out.append(("held-out judge on the same fresh seeds", raw, optimized))
+    return out
+
+
+def report_html(run: dict[str, Any], history: list[dict[str, Any]], folder: Path) -> str:
+    """The page of a finished run."""
+    result, config = run["result"], run["config"]
+
+    def figure(name: str, caption: str) -> str:
+        data = base64.b64encode((folder / name).read_bytes()).decode()
+        image = f'<img src="data:image/png;base64,{data}" alt="{caption}">'
+        return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+
+    table = "".join(f"<tr><td>{html.escape(a)}</td><td>{b}</td><td>{c}</td></tr>" for a, b, c in rows(result))
+    settings = "".join(f"<tr><td>{k}</td><td>{html.escape(str(v))}</td></tr>" for k, v in config.items())
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(config["prompt"])}</title>
+<meta name="viewport" content="width=device-width"><style>{STYLE}</style>
+<h1>{html.escape(config["prompt"])}</h1>
+<p>{html.escape(config["model"])} · {config["space"]} × {config["strategy"]} · reward {html.escape(config["reward"])} ·
+{result["images"]} images, {result["denoiser_calls"]} denoiser calls, {result["seconds"]:.0f} s</p>
+{figure("raw.png", "raw prompt")}{figure("best.png", "optimized, same seed")}
+<table><tr><th></th><th>raw</th><th>optimized</th></tr>{table}</table>
+{curve(history)}
+<details><summary>settings</summary><table>{settings}</table></details>
+</html>
+"""

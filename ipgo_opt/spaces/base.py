@@ -1,0 +1,53 @@
+"""The contract of a space."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from ipgo_opt.conditioning import Conditioning
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """A flat vector view of a space.
+
+    Attributes:
+        start: where a search begins, (D,).
+        lower: least value of each coordinate, (D,), −inf where there is none.
+        upper: greatest value of each coordinate, (D,), inf where there is none.
+
+    """
+
+    start: Tensor
+    lower: Tensor
+    upper: Tensor
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+
+class Space(Protocol):
+    """A map from a flat vector to changed sampler inputs.
+
+    `full` chooses between two views of the same space: every parameter (for a gradient), or the bounded
+    low-dimensional coordinates (for a black-box solver).
+    """
+
+    def coordinates(self, *, full: bool) -> Coordinates:
+        """Start and bounds of the flat vector."""
+        ...
+
+    def apply(self, x: Tensor, conditioning: Conditioning, *, full: bool) -> tuple[Conditioning, Tensor]:
+        """Changed inputs of q candidates x (q, D) for a conditioning of one prompt, and their penalties (q,) ≥ 0."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything random that was fixed when the space was made."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restores what `state_dict` gave."""
+        ...

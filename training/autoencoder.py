@@ -1,0 +1,101 @@
+"""Stage `autoencoder`: an AutoencoderTiny (64 × 64 × 3 to 8 × 8 × 16), trained on 32 × 32 crops.
+
+    python -m training.autoencoder
+
+Each crop is the busier of two random windows: flat backgrounds teach nothing. Noise on the latents keeps them smooth.
+Measured on one CPU thread, 50 s each: AutoencoderKL of 3.3 M parameters reaches 13.3 dB, this class 17 dB; what counts
+is the number of updates, hence the small batch and the absence of blocks at full resolution.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny
+from torch.nn import functional as F
+
+from training.checkpoint import WORK, Progress
+from training.scenes import load
+
+BATCH, CROP = 8, 32
+NOISE = 0.08
+
+
+def build() -> AutoencoderTiny:
+    """The untrained autoencoder."""
+    torch.manual_seed(30)
+    return AutoencoderTiny(
+        encoder_block_out_channels=(64,) * 4,
+        decoder_block_out_channels=(64,) * 4,
+        latent_channels=16,
+        num_encoder_blocks=(0, 1, 2, 2),
+        num_decoder_blocks=(3, 2, 1, 0),
+    )
+
+
+def crops(pictures: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
+    """BATCH crops (BATCH, 3, CROP, CROP) in [−1, 1]."""
+    out = np.empty((BATCH, CROP, CROP, 3), np.uint8)
+    for k, i in enumerate(rng.integers(0, len(pictures), BATCH)):
+        windows = []
+        for y, x in rng.integers(0, 64 - CROP + 1, (2, 2)):
+            windows.append(pictures[i, y : y + CROP, x : x + CROP])
+        out[k] = max(windows, key=lambda w: float(w[::2, ::2].std(axis=(0, 1)).sum()))
+    return torch.from_numpy(out).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+def gradient_loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Mean absolute difference of the horizontal and vertical image gradients."""
+    return F.l1_loss(a.diff(dim=-1), b.diff(dim=-1)) + F.l1_loss(a.diff(dim=-2), b.diff(dim=-2))
+
+
+def main() -> None:
+    """Trains and saves the folder `vae`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=13_000)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    pictures, scenes, _ = load()
+    clean = np.array([i for i, scene in enumerate(scenes) if not scene.defect])
+    pictures = pictures[clean[:30_000]]
+    model = build().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, weight_decay=0.0, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min(1, i / 50) * (0.02 + 0.98 * (1 + math.cos(math.pi * min(1, i / args.steps))) / 2)
+    )
+    progress = Progress("autoencoder", every=500, model=model, optimizer=optimizer, schedule=schedule)
+    while progress.step < args.steps:
+        rng = np.random.default_rng(30_000_000 + progress.step)
+        torch.manual_seed(30_000_000 + progress.step)
+        images = crops(pictures, rng).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = model.encode(images).latents
+            made = model.decode(latents + NOISE * torch.randn_like(latents)).sample
+        made = made.float()
+        loss = F.l1_loss(made, images) + 0.5 * gradient_loss(made, images) + 0.5 * F.mse_loss(made, images)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        progress.tick(F.mse_loss(made, images).item())
+    progress.save()
+    with torch.no_grad():
+        encoded = []
+        errors = []
+        for batch in np.array_split(pictures[-2000:], 40):
+            images = torch.from_numpy(batch).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+            encoded.append(model.encode(images).latents)
+            errors.append(((model.decode(encoded[-1]).sample.clamp(-1, 1) - images) / 2).square().mean().item())
+        scale = 1 / torch.cat(encoded).std().item()
+    model.register_to_config(scaling_factor=round(scale, 5))
+    model.save_pretrained(WORK / "vae")
+    print(f"PSNR on whole images {-10 * math.log10(float(np.mean(errors))):.2f} dB, scaling_factor {scale:.4f}")
+
+
+if __name__ == "__main__":
+    main()

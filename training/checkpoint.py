@@ -1,0 +1,54 @@
+"""What every training stage needs of the disk: where it lives, resuming, and a log of what was run."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WORK = Path(os.environ.get("EMOJI_WORK", Path(__file__).parent / "work"))
+"""Where stages leave their results for one another."""
+
+
+class Progress:
+    """A stage's checkpoint file and loss log.
+
+    `parts` are objects with `state_dict`/`load_state_dict`; they are restored on construction when a checkpoint is
+    there. The file is replaced atomically, so a stage may be killed at any time.
+    """
+
+    def __init__(self, name: str, every: int = 50, **parts: Any) -> None:
+        WORK.mkdir(parents=True, exist_ok=True)
+        self.path, self.log = WORK / f"{name}.ckpt.pt", WORK / f"{name}.log.jsonl"
+        self.every, self.parts, self.step = every, parts, 0
+        self.started, self.losses = time.time(), list[float]()
+        if self.path.exists():
+            state = torch.load(self.path, weights_only=True)
+            self.step = state.pop("step")
+            for key, part in parts.items():
+                part.load_state_dict(state[key])
+            print(f"{name}: continues at step {self.step}", flush=True)
+
+    def tick(self, loss: float) -> None:
+        """Counts one finished step; writes the checkpoint and a log line now and then."""
+        self.step += 1
+        self.losses.append(loss)
+        if self.step % self.every == 0:
+            self.save()
+
+    def save(self) -> None:
+        """Writes checkpoint and log line."""
+        state = {"step": self.step} | {key: part.state_dict() for key, part in self.parts.items()}
+        torch.save(state, self.path.with_suffix(".tmp"))
+        os.replace(self.path.with_suffix(".tmp"), self.path)
+        if self.losses:
+            mean = sum(self.losses) / len(self.losses)
+            line = {"step": self.step, "loss": round(mean, 5), "seconds": round(time.time() - self.started, 1)}
+            with self.log.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(line, flush=True)
+            self.losses.clear()

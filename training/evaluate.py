@@ -1,0 +1,170 @@
+"""Stage `evaluate`: measures the exported model by the judge and paints the sheets for the eye.
+
+    python -m training.evaluate --out docs
+
+The judge is asked which of several captions fits, all alike but for one attribute: chance is 1/32 for objects, 1/17 for
+backgrounds, 1/5 for styles. The same questions on rendered scenes show how far the judge itself can be trusted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ipgo_opt.models import load, resolve
+from ipgo_opt.models.sampler import Sampler, SamplerSettings
+from ipgo_opt.rewards.clip import ClipReward, load_clip, load_judge
+from ipgo_opt.store import to_pil
+from training.world import COLOURS, LANDSCAPES, OBJECTS, STYLES, Scene, caption, render
+
+BACKGROUNDS = (*COLOURS, *LANDSCAPES)
+FIRST_SEED = 20_000_000
+"""Noise of the evaluation; neither training nor any search uses it."""
+
+
+def sampler(steps: int, guidance: float) -> Sampler:
+    """The embedded model with 50 LMS steps or as many as given."""
+    return load(
+        resolve("emoji"), lambda size: SamplerSettings(steps, guidance, *size), device="cpu", dtype="float32",
+        scheduler="", chunk=25,
+    )  # fmt: skip
+
+
+def paint(model: Sampler, prompts: Sequence[str], first_seed: int) -> torch.Tensor:
+    """One image per prompt, seeds counted up."""
+    images = []
+    for start in range(0, len(prompts), model.chunk):
+        rows = [model.encode(prompt) for prompt in prompts[start : start + model.chunk]]
+        batch = replace(
+            rows[0],
+            prompt_embeds=torch.cat([row.prompt_embeds for row in rows]),
+            negative_prompt_embeds=torch.cat([row.negative_prompt_embeds for row in rows]),
+        )
+        images.append(model.generate(batch, range(first_seed + start, first_seed + start + len(rows))))
+    return torch.cat(images)
+
+
+def named(judge: ClipReward, images: torch.Tensor, scenes: Sequence[Scene], attribute: str) -> list[str]:
+    """What the judge takes the attribute of each image to be."""
+    values: dict[str, tuple[Any, ...]] = {
+        "object": tuple((name,) for name in OBJECTS), "background": BACKGROUNDS, "style": ("", *STYLES),
+    }  # fmt: skip
+    field = {"object": "objects"}.get(attribute, attribute)
+    seen = judge.encoder.images(images)
+    out = []
+    for embedding, scene in zip(seen, scenes, strict=True):
+        texts = [full(replace(scene, **{field: value})) for value in values[attribute]]
+        best = values[attribute][int((judge.encoder.texts(texts) @ embedding).argmax())]
+        out.append(best[0] if attribute == "object" else best)
+    return out
+
+
+def full(scene: Scene) -> str:
+    """The complete caption of a scene."""
+    return caption(scene, np.random.default_rng(0), full=True)
+
+
+def accuracy(judge: ClipReward, images: torch.Tensor, scenes: Sequence[Scene], attribute: str) -> float:
+    """Share of images whose attribute the judge names as the caption does."""
+    truth = [scene.objects[0] if attribute == "object" else getattr(scene, attribute) for scene in scenes]
+    return float(np.mean([a == b for a, b in zip(named(judge, images, scenes, attribute), truth, strict=True)]))
+
+
+def pairs_right(judge: ClipReward, images: torch.Tensor, scenes: Sequence[Scene]) -> float:
+    """Share of two-object images for which the judge ranks the true pair above all one-object swaps."""
+    seen = judge.encoder.images(images)
+    right = []
+    for embedding, scene in zip(seen, scenes, strict=True):
+        first, second = scene.objects
+        swaps = [(name, second) for name in OBJECTS if name != second]
+        swaps += [(first, name) for name in OBJECTS if name not in (first, second)]
+        swaps.sort(key=lambda pair: pair != (first, second))
+        scores = judge.encoder.texts([full(replace(scene, objects=pair)) for pair in swaps]) @ embedding
+        right.append(int(scores.argmax()) == 0)
+    return float(np.mean(right))
+
+
+def rendered(scenes: Sequence[Scene], rng: np.random.Generator) -> torch.Tensor:
+    """The scenes as the world paints them, (B, 3, 64, 64) in [0, 1]."""
+    pictures = np.stack([np.asarray(render(scene, rng)) for scene in scenes])
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+
+
+def sheet(images: torch.Tensor, columns: int, zoom: int = 2) -> Image.Image:
+    """Images (B, 3, H, W) in rows, enlarged."""
+    tiles = [to_pil(image) for image in images]
+    side = tiles[0].width * zoom
+    canvas = Image.new("RGB", (columns * (side + 4) - 4, -(-len(tiles) // columns) * (side + 4) - 4), "white")
+    for i, tile in enumerate(tiles):
+        big = tile.resize((side, side), Image.Resampling.BICUBIC)
+        canvas.paste(big, (i % columns * (side + 4), i // columns * (side + 4)))
+    return canvas
+
+
+@torch.no_grad()
+def main() -> None:
+    """Writes quality.json, objects.png (unlabelled) and styles.png to `--out`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("docs"))
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--prompts", type=int, default=100)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    model, rng = sampler(args.steps, args.guidance), np.random.default_rng(60)
+    names = list(OBJECTS)
+
+    def single(i: int, style: str) -> Scene:
+        return Scene((names[i % len(names)],), 1, "large", str(rng.choice(BACKGROUNDS)), style)
+
+    singles = [single(i, "") for i in range(args.prompts)]
+    styled = [
+        replace(single(i, STYLES[i % 4]), background=str(rng.choice(list(LANDSCAPES)))) for i in range(args.prompts)
+    ]
+    pairs = [
+        Scene(tuple(map(str, rng.choice(names, 2, replace=False))), 1, "", str(rng.choice(BACKGROUNDS)))
+        for _ in range(args.prompts)
+    ]
+    groups = {"single": singles, "styled": styled, "pairs": pairs}
+    made = {
+        name: paint(model, [full(scene) for scene in scenes], FIRST_SEED + 1000 * k)
+        for k, (name, scenes) in enumerate(groups.items())
+    }
+    real = {name: rendered(scenes, rng) for name, scenes in groups.items()}
+    table: dict[str, Any] = {"num_inference_steps": args.steps, "guidance_scale": args.guidance, "n": args.prompts}
+    for who, judge in (("judge", load_judge("cpu")), ("clip", load_clip("cpu"))):
+        for kind, images in (("generated", made), ("rendered", real)):
+            table[f"{who}, {kind}"] = {
+                "object": accuracy(judge, images["single"], singles, "object"),
+                "background": accuracy(judge, images["single"], singles, "background"),
+                "style": accuracy(judge, images["styled"], styled, "style"),
+                "object, styled": accuracy(judge, images["styled"], styled, "object"),
+                "both objects": pairs_right(judge, images["pairs"], pairs),
+            }
+    wrong = named(load_judge("cpu"), made["single"], singles, "object")
+    table["judge's mistakes"] = [
+        f"{scene.objects[0]} taken for {name}" for scene, name in zip(singles, wrong, strict=True)
+        if name != scene.objects[0]
+    ]  # fmt: skip
+    (args.out / "quality.json").write_text(json.dumps(table, indent=1) + "\n")
+    print(json.dumps(table, indent=1))
+    order = np.random.default_rng(61).permutation(names)
+    (args.out / "objects.txt").write_text("\n".join(order) + "\n")
+    sheet(paint(model, [f"a {name}" for name in order], FIRST_SEED + 5000), 8).save(args.out / "objects.png")
+    grid = [
+        full(Scene(("fox",), 1, "large", b, s)) for s in ("", *STYLES) for b in ("blue", "sunset", "meadow", "snow")
+    ]
+    grid += ["a cat and a rocket", "two apples in a meadow", "three mushrooms on a blue background", "four cars"]
+    sheet(paint(model, grid, FIRST_SEED + 6000), 4).save(args.out / "styles.png")
+
+
+if __name__ == "__main__":
+    main()
