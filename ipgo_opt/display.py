@@ -106,6 +106,10 @@ class Display:
         elif done == total:
             self.console.print(f"{total} images on fresh seeds", highlight=False)
 
+    def warned(self, message: str) -> None:
+        """Shows a warning above the panel."""
+        self.console.print(message, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
     def stop(self) -> None:
         """Closes the live panel."""
         if self.live is not None:

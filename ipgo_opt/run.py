@@ -54,6 +54,10 @@ class Reporter(Protocol):
         """`done` of `total` images of the verdict are made."""
         ...
 
+    def warned(self, message: str) -> None:
+        """Something that the user should know and that does not stop the run."""
+        ...
+
     def finished(self, summary: dict[str, Any]) -> None:
         """The run is over."""
         ...
@@ -69,6 +73,9 @@ class Silence:
         """Nothing."""
 
     def judging(self, done: int, total: int) -> None:
+        """Nothing."""
+
+    def warned(self, message: str) -> None:
         """Nothing."""
 
     def finished(self, summary: dict[str, Any]) -> None:
@@ -424,6 +431,9 @@ def _execute(
         strategy.load_state_dict(state.pop("strategy"))
         loop.load_state_dict(state)
     reporter.started(config, store.folder, loop.history)
+    tokens, limit = sampler.token_count(config.prompt)
+    if tokens > limit:
+        reporter.warned(f"the prompt has {tokens} tokens; the model's text encoder reads the first {limit}.")
     _search(loop, strategy, steps)
     if not math.isfinite(loop.best):
         raise RunFailed("the reward gave no finite score for any image.")

@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import numpy as np
@@ -25,7 +25,10 @@ from torch import Tensor
 import ipgo_opt
 from ipgo_opt import BadInput, Result, RunFailed, optimize, resume
 from ipgo_opt.config import RunConfig
+from ipgo_opt.registry import Entry
 from ipgo_opt.store import Store, to_pil
+from ipgo_opt.strategies import STRATEGIES
+from ipgo_opt.strategies.random import Random
 
 strategies = pytest.mark.parametrize("strategy", ["gradient", "random"])
 FIELDS = ["image", "evaluation", "candidate", "seed", "reward", "parts", "judge", "penalty", "best", "seconds"]
@@ -180,11 +183,21 @@ def test_the_summary(tiny_folder, finished):
     assert summary["held_out"]["n"] == 2
 
 
-@strategies
-@pytest.mark.parametrize("guidance", [3.0, 1.0])
-def test_the_best_image_comes_back_from_plain_diffusers(tiny_folder, tmp_path, strategy, guidance):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"guidance_scale": 1.0},
+        {"search_seeds": 2, "layout": "per_token"},
+        {"strategy": "random"},
+        {"strategy": "random", "batch_size": 3, "search_seeds": 2, "budget": 20, "negative_prompt": "a rocket"},
+    ],
+    ids=str,
+)
+def test_the_best_image_comes_back_from_plain_diffusers(tiny_folder, tmp_path, settings):
     """prompt_embeds and negative_prompt_embeds of best.safetensors in an unmodified pipeline: best.png, every pixel."""
-    result = run(tiny_folder, out=tmp_path, strategy=strategy, seed=5, held_out=0, guidance_scale=guidance)
+    guidance = settings.get("guidance_scale", 3.0)
+    result = run(tiny_folder, out=tmp_path, seed=5, held_out=0, **settings)
     with safe_open(tmp_path / "best.safetensors", "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         about = file.metadata()
@@ -231,6 +244,41 @@ def test_images_without_a_score_are_recorded_and_survived(tiny_folder, tmp_path,
     good = [record["reward"] for record in records if record["reward"] is not None]
     assert result.reward == max(good)
     assert all(record["parts"] == {"object:Moody": record["reward"]} for record in records)
+
+
+class Spy(Random):
+    """Random search that writes down what it is told."""
+
+    told: ClassVar[list[float]] = []
+
+    def tell(self, x: Tensor, value: Tensor, gradient: Tensor | None = None) -> None:
+        super().tell(x, value, gradient)
+        self.told.extend(value.tolist())
+
+
+class Interrupted(Moody):
+    """Moody, until Ctrl-C is pressed in its seventh call."""
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        if self.calls == 6:
+            raise KeyboardInterrupt
+        return super().__call__(images, prompts)
+
+
+def test_a_solver_is_told_a_failure_as_the_worst_value(tiny_folder, tmp_path, monkeypatch):
+    """Finite, and never better than what it has seen, across a Ctrl-C and a resume as well."""
+    monkeypatch.setitem(STRATEGIES, "spy", Entry(f"{__name__}:Spy", "random search that takes notes"))
+    monkeypatch.setattr(Spy, "told", [])
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_folder, Interrupted(1, 4), out=tmp_path, strategy="spy", budget=9, held_out=0, gamma=0.5)
+    first = list(Spy.told)
+    assert len(first) == 5
+    resume(tmp_path, reward=Moody(0))  # its first call is the one that was interrupted
+    told = Spy.told[5:]
+    assert len(told) == 3
+    good = [r["reward"] - 0.5 * r["penalty"] for r in lines(tmp_path)[1:] if r["reward"] is not None]
+    assert first == pytest.approx([0.0, good[0], good[1], min(good[:2]), good[2]], abs=1e-6)
+    assert told == pytest.approx([min(good[:3]), good[3], good[4]], abs=1e-6)
 
 
 def test_a_raw_prompt_without_a_score(tiny_folder, tmp_path):
@@ -366,6 +414,47 @@ def test_a_folder_with_a_run_is_not_overwritten(tiny_folder, finished):
     with pytest.raises(BadInput, match="another run"):
         run(tiny_folder, out=finished.folder)
     assert before == {path.name: path.read_bytes() for path in finished.folder.iterdir()}
+
+
+class Listener:
+    """A reporter that writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, Any]] = []
+
+    def started(self, config: RunConfig, out: Path, history: list[dict[str, Any]]) -> None:
+        self.told.append(("started", (config.prompt, out, len(history))))
+
+    def warned(self, message: str) -> None:
+        self.told.append(("warned", message))
+
+    def evaluated(self, record: dict[str, Any]) -> None:
+        self.told.append(("evaluated", record))
+
+    def judging(self, done: int, total: int) -> None:
+        self.told.append(("judging", (done, total)))
+
+    def finished(self, summary: dict[str, Any]) -> None:
+        self.told.append(("finished", summary))
+
+
+def test_a_reporter_is_told_everything(tiny_folder, tmp_path):
+    """In order: the start, every record, the verdict's progress, the end; and that a long prompt is cut."""
+    settings: dict[str, Any] = tiny.RUN | {"budget": 3, "out": tmp_path}
+    listener = Listener()
+    prompt = "a fox " * 50
+    result = optimize(prompt, reward=tiny.Redness(), model=str(tiny_folder), reporter=listener, **settings)
+    assert [name for name, _ in listener.told if name != "warned"] == [
+        "started", "evaluated", "evaluated", "evaluated", "judging", "judging", "finished",
+    ]  # fmt: skip
+    (warning,) = [message for name, message in listener.told if name == "warned"]
+    assert f"{len(tiny.tokenizer()(prompt).input_ids)} tokens" in warning
+    assert "first 77" in warning
+    told = dict(listener.told)
+    assert told["started"] == (prompt, tmp_path, 0)
+    assert [record for name, record in listener.told if name == "evaluated"] == result.history
+    assert told["judging"] == (4, 4)
+    assert told["finished"] == result.summary
 
 
 def uninterrupted(tiny_folder: Path, out: Path, **settings: Any) -> Path:

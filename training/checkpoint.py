@@ -33,11 +33,11 @@ class Progress:
                 part.load_state_dict(state[key])
             print(f"{name}: continues at step {self.step}", flush=True)
 
-    def tick(self, loss: float) -> None:
-        """Counts one finished step; writes the checkpoint and a log line now and then."""
+    def tick(self, loss: float, *, save: bool = True) -> None:
+        """Counts one finished step; writes the checkpoint and a log line now and then (one process of several)."""
         self.step += 1
         self.losses.append(loss)
-        if self.step % self.every == 0:
+        if save and self.step % self.every == 0:
             self.save()
 
     def save(self) -> None:

@@ -49,9 +49,7 @@ def main() -> None:
     ids = [again(c).input_ids for c in captions[:2000]]
     texts = [again.decode(i, skip_special_tokens=True).strip().replace(" ,", ",") for i in ids]
     wrong = [c for c, text in zip(captions, texts, strict=False) if text != c]
-    print(
-        f"{len(again)} tokens; longest caption {max(map(len, ids))}; {len(wrong)} of 2000 round trips differ"
-    )
+    print(f"{len(again)} tokens; longest caption {max(map(len, ids))}; {len(wrong)} of 2000 round trips differ")
 
 
 if __name__ == "__main__":
