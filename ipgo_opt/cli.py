@@ -25,8 +25,9 @@ PAPER = {field.name: field.default for field in dataclasses.fields(RunConfig)}
 
 def _default(name: str) -> str:
     """What a setting is when it is not given."""
-    own = [f"{values[name]} for {model}" for model, values in MODEL_DEFAULTS.items() if name in values]
-    paper = PAPER[name] if PAPER[name] != "" else "the model's own"
+    empty = "none" if name == "negative_prompt" else "the model's own"
+    own = [f"{values[name] or empty} for {model}" for model, values in MODEL_DEFAULTS.items() if name in values]
+    paper = PAPER[name] if PAPER[name] != "" else empty
     return f" [default: {', '.join([*own, f'{paper} for other models' if own else str(paper)])}]"
 
 
@@ -86,9 +87,10 @@ def run(
     """Searches for a better image of PROMPT."""
     settings = {name: value for name, value in locals().items() if name not in ("prompt", "out", "as_json")}
     from ipgo_opt.config import configure
+
+    configure(prompt, **settings)  # complain before a directory is chosen, and before torch is imported
     from ipgo_opt.run import optimize
 
-    configure(prompt, **settings)  # complain before a directory is chosen
     given = {name: value for name, value in settings.items() if value is not None}
     _show(lambda reporter: optimize(prompt, out=out or _fresh_folder(prompt), reporter=reporter, **given), as_json)
 
@@ -177,7 +179,12 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 def entry() -> None:
     """The `ipgo-opt` command: exit code 0, 2 for bad input, 1 for a run that failed, 130 for Ctrl-C."""
     try:
-        app()
+        try:
+            app()
+        except SystemExit as end:
+            if end.code == 130:
+                raise KeyboardInterrupt from None
+            raise
     except BadInput as problem:
         _fail(str(problem), 2)
     except IpgoError as problem:

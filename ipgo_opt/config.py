@@ -189,6 +189,11 @@ def check(config: RunConfig) -> ModelSource:
         )
     SPACES.check(config.space)
     STRATEGIES.check(config.strategy)
+    if config.strategy == "gradient" and config.batch_size > 1:
+        raise BadInput(
+            f"the gradient strategy follows one candidate (`batch_size == 1`), but got batch_size={config.batch_size}; "
+            "more images per update: search_seeds."
+        )
     named = not config.reward.startswith("object:")  # otherwise it was passed to ipgo_opt.optimize as an object
     if named:
         parse(config.reward)
@@ -196,6 +201,7 @@ def check(config: RunConfig) -> ModelSource:
         JUDGES.check(config.judge)
     config.token_shape().check()
     config.gradient_options()
+    check_device(config.device, config.dtype)
     source = resolve(config.model)
     if not source.embedded and (named or config.judge != "none"):
         raise BadInput(
@@ -208,7 +214,6 @@ def check(config: RunConfig) -> ModelSource:
 
         if not hasattr(getattr(diffusers, config.scheduler, None), "set_timesteps"):
             raise BadInput(f"scheduler must be a scheduler class of diffusers, but got {config.scheduler!r}.")
-    check_device(config.device, config.dtype)
     return source
 
 

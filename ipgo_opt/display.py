@@ -135,7 +135,7 @@ class Display:
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
         judge = summary["judge"]
-        if judge and judge["optimized"] < 0.9 * judge["raw"] and summary["search_reward"] > summary["raw_reward"]:
+        if judge and judge["optimized"] < 0.9 * judge["raw"]:  # the search reward never falls
             self.console.print(
                 f"The reward rose, but the held-out judge fell from {judge['raw']:.3f} to {judge['optimized']:.3f}: "
                 "look at the image, the reward may have been hacked.",

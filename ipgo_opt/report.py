@@ -49,15 +49,20 @@ def curve(history: list[dict[str, Any]]) -> str:
 
 def rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     """What was measured, for the raw prompt and for the optimized tokens."""
-    out = [("reward on the search seeds", f"{result['raw_reward']:.4f}", f"{result['search_reward']:.4f}")]
+
+    def number(value: float | None) -> str:
+        """Four digits, or a dash for what is not known."""
+        return "–" if value is None else f"{value:.4f}"
+
+    out = [("reward on the search seeds", number(result["raw_reward"]), number(result["search_reward"]))]
     held_out = result["held_out"]
     if held_out:
         label = f"reward on {held_out['n']} fresh seeds (mean ± sd)"
-        raw = f"{held_out['raw_mean']:.4f} ± {held_out['raw_sd']:.4f}"
-        out.append((label, raw, f"{held_out['mean']:.4f} ± {held_out['sd']:.4f}"))
+        raw = f"{number(held_out['raw_mean'])} ± {number(held_out['raw_sd'])}"
+        out.append((label, raw, f"{number(held_out['mean'])} ± {number(held_out['sd'])}"))
         parts = held_out["parts"]
         for name in [name for name in parts if f"raw_{name}" in parts]:
-            out.append((f"of it, {name}", f"{parts[f'raw_{name}']:.4f}", f"{parts[name]:.4f}"))
+            out.append((f"of it, {name}", number(parts[f"raw_{name}"]), number(parts[name])))
     if result["judge"]:
         raw, optimized = f"{result['judge']['raw']:.4f}", f"{result['judge']['optimized']:.4f}"
         out.append(("held-out judge on the same fresh seeds", raw, optimized))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -122,7 +122,8 @@ class Result:
     @property
     def raw_reward(self) -> float:
         """Reward of the raw prompt on the search seeds."""
-        return float(self.summary["raw_reward"])
+        raw = self.summary["raw_reward"]
+        return math.nan if raw is None else float(raw)
 
     @property
     def held_out(self) -> dict[str, Any] | None:
@@ -131,10 +132,16 @@ class Result:
         return held_out
 
     def save(self, folder: str | Path) -> Path:
-        """Copies the run directory to `folder`, which must not hold a run yet."""
+        """Copies the run directory to `folder`, which must not hold a run yet, and is at home there from then on."""
         target = Path(folder)
         check_out(target)
         shutil.copytree(self.folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
+        self.folder, self.summary = target, self.summary | {"out": str(target)}
+        store = Store(target)
+        try:
+            store.write_json("run.json", read_run(target) | {"result": self.summary})
+        finally:
+            store.close()
         return target
 
 
@@ -171,6 +178,10 @@ def optimize(
 
     """
     custom = None if reward is None or isinstance(reward, str) else reward
+    if isinstance(reward, str) and reward.startswith("object:"):
+        raise BadInput(f"reward must be a name or a weighted sum, but got {reward!r}.")
+    if custom is not None and not hasattr(custom, "differentiable"):
+        raise BadInput(f"a reward object must say whether it is `differentiable`, but {custom!r} does not.")
     if custom is not None:
         reward = f"object:{type(custom).__name__}"
     config = configure(
@@ -179,10 +190,11 @@ def optimize(
     temporary = tempfile.TemporaryDirectory(prefix="ipgo-opt-") if out is None else None
     folder = Path(out) if out is not None else Path(temporary.name)  # type: ignore[union-attr]
     check_out(folder)
+    parts = _prepare(config, custom)
     store = Store(folder)
     try:
         store.write_json("run.json", _run_json(config, "running"))
-        return _execute(config, store, reporter or Silence(), custom, temporary)
+        return _execute(config, store, reporter or Silence(), parts, temporary)
     finally:
         store.close()
 
@@ -201,14 +213,14 @@ def resume(folder: str | Path, *, reward: Reward | None = None, reporter: Report
         config = RunConfig(**run["config"])
     except (TypeError, KeyError) as error:
         raise BadInput(f"run.json in {str(folder)!r} has no usable configuration: {error}") from None
-    if config.reward.startswith("object:") and reward is None:
-        raise BadInput(f"the run was started with the reward object {config.reward[7:]}; pass it to resume.")
     if run["status"] == "finished":
         return Result(run["result"], _history(Path(folder)), Path(folder))
+    if config.reward.startswith("object:") and reward is None:
+        raise BadInput(f"the run was started with the reward object {config.reward[7:]}; pass it to resume.")
     check(config)
     store = Store(Path(folder))
     try:
-        return _execute(config, store, reporter or Silence(), reward)
+        return _execute(config, store, reporter or Silence(), _prepare(config, reward))
     finally:
         store.close()
 
@@ -384,6 +396,14 @@ def _finite(value: Any) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+class _Parts(NamedTuple):
+    strategy: Any
+    reward: WeightedSum
+    judge: Reward | None
+    sampler: Sampler
+    space: Any
+
+
 def _reward(config: RunConfig, device: str, custom: Reward | None) -> WeightedSum:
     if custom is not None:
         return WeightedSum([Term(1.0, config.reward)], [custom])
@@ -391,13 +411,8 @@ def _reward(config: RunConfig, device: str, custom: Reward | None) -> WeightedSu
     return WeightedSum(terms, [REWARDS.load(term.name)(device) for term in terms])
 
 
-def _execute(
-    config: RunConfig,
-    store: Store,
-    reporter: Reporter,
-    custom: Reward | None,
-    temporary: tempfile.TemporaryDirectory[str] | None = None,
-) -> Result:
+def _prepare(config: RunConfig, custom: Reward | None) -> _Parts:
+    """Loads everything that a run is made of; writes nothing."""
     strategy_class = STRATEGIES.load(config.strategy)
     if strategy_class.uses_gradient and custom is not None and not custom.differentiable:
         raise BadInput(f"strategy {config.strategy!r} needs a differentiable reward, but {config.reward} is not.")
@@ -409,6 +424,17 @@ def _execute(
         source, config.sampler_settings, device=device, dtype=dtype, scheduler=config.scheduler, chunk=config.chunk
     )
     space = SPACES.load(config.space)(sampler.width, config.token_shape(), config.seed)
+    return _Parts(strategy_class, reward, judge, sampler, space)
+
+
+def _execute(
+    config: RunConfig,
+    store: Store,
+    reporter: Reporter,
+    parts: _Parts,
+    temporary: tempfile.TemporaryDirectory[str] | None = None,
+) -> Result:
+    strategy_class, reward, judge, sampler, space = parts
     full = strategy_class.uses_gradient
     if (store.folder / "space.safetensors").exists():
         space.load_state_dict(store.read_tensors("space.safetensors")[0])
@@ -439,10 +465,11 @@ def _execute(
         raise RunFailed("the reward gave no finite score for any image.")
     summary = _verdict(loop, reward, judge)
     _write_best(loop, space)
-    store.write_json("run.json", _run_json(config, "finished", summary))
     from ipgo_opt.report import report_html
 
-    store.write_text("report.html", report_html(read_run(store.folder), loop.history, store.folder))
+    done = _run_json(config, "finished", summary)
+    store.write_text("report.html", report_html(done, loop.history, store.folder))
+    store.write_json("run.json", done)
     reporter.finished(summary)
     return Result(summary, loop.history, store.folder, temporary)
 
@@ -484,10 +511,10 @@ def _verdict(loop: _Loop, reward: WeightedSum, judge: Reward | None) -> dict[str
         scores = {name: torch.cat([made.scores[0] for made in side]) for name, side in sides.items()}
         held_out = {"n": config.held_out}
         for prefix, name in (("", "best"), ("raw_", "raw")):
-            held_out[f"{prefix}mean"] = float(scores[name].mean())
-            held_out[f"{prefix}sd"] = float(scores[name].std()) if config.held_out > 1 else 0.0
+            held_out[f"{prefix}mean"] = _finite(scores[name].mean())
+            held_out[f"{prefix}sd"] = _finite(scores[name].std()) if config.held_out > 1 else 0.0
         held_out["parts"] = {
-            f"{prefix}{term.name}": float(torch.cat([made.parts[term.name][0] for made in sides[name]]).mean())
+            f"{prefix}{term.name}": _finite(torch.cat([made.parts[term.name][0] for made in sides[name]]).mean())
             for prefix, name in (("", "best"), ("raw_", "raw"))
             for term in reward.terms
         }
@@ -510,7 +537,7 @@ def _verdict(loop: _Loop, reward: WeightedSum, judge: Reward | None) -> dict[str
         "seed": config.seed,
         **searched,
         "seconds": round(loop.seconds + time.monotonic() - loop.started, 2),
-        "raw_reward": loop.raw,
+        "raw_reward": _finite(loop.raw),
         "search_reward": loop.best,
         "held_out": held_out,
         "judge": verdict,

@@ -145,6 +145,7 @@ class Store:
         with (self.folder / "history.jsonl").open("a") as file:
             file.write("".join(json.dumps(record) + "\n" for record in records))
             file.flush()
+            os.fsync(file.fileno())  # before the checkpoint that counts these lines
 
     def cut_history(self, lines: int) -> list[dict[str, Any]]:
         """Keeps the first `lines` records of history.jsonl and returns them."""
@@ -183,6 +184,8 @@ def read_run(folder: Path) -> dict[str, Any]:
         run: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
         raise BadInput(f"{str(path)!r} is damaged: {error}") from None
+    if not isinstance(run, dict):
+        raise BadInput(f"{str(path)!r} is damaged: it holds no object.")
     if run.get("format", FORMAT + 1) > FORMAT:
         raise BadInput(f"{str(path)!r} has layout {run.get('format')!r}; this version reads up to {FORMAT}.")
     return run

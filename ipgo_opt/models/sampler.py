@@ -107,7 +107,7 @@ class Sampler:
             "device": self.pipeline._execution_device,
             "num_images_per_prompt": 1,
             "do_classifier_free_guidance": self.settings.guidance_scale > 1,
-            "negative_prompt": self.settings.negative_prompt,
+            "negative_prompt": self.settings.negative_prompt or None,
         }
         out = self.pipeline.encode_prompt(**arguments)
         if len(out) not in ENCODED:
@@ -140,10 +140,11 @@ class Sampler:
     def _generate(self, conditioning: Conditioning, seeds: Sequence[int], gradient: bool) -> Tensor:
         inputs, settings = conditioning.levelled(), self.settings
         negative = inputs.negative_prompt_embeds
+        unconditional = [negative, *(tensor for name, tensor in inputs.extra.items() if name.startswith("negative"))]
         gate = Gate(
             self.pipeline,
             settings.grad_steps if gradient else 0,
-            negative is not None and negative.requires_grad,
+            any(tensor is not None and tensor.requires_grad for tensor in unconditional),
         )
         with gate, nullcontext() if gradient else torch.no_grad():
             images = self.call(

@@ -6,12 +6,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from ipgo_opt.errors import BadInput
 from ipgo_opt.rewards import REWARDS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Reward(Protocol):

@@ -27,7 +27,9 @@ class ClipEncoder:
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         from transformers import CLIPModel, CLIPTokenizer
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         self.model = CLIPModel.from_pretrained(str(folder), dtype=torch.float32).eval().requires_grad_(False).to(device)
         self.tokenizer = CLIPTokenizer.from_pretrained(str(folder))
         processing = json.loads((folder / "preprocessor_config.json").read_text())
@@ -36,15 +38,16 @@ class ClipEncoder:
         self.size = self.model.config.vision_config.image_size
         self.device = device
         self._texts: dict[str, Tensor] = {}
-        self._last: tuple[weakref.ref[Tensor], Tensor] | None = None
+        self._last: tuple[weakref.ref[Tensor], tuple[int, bool], Tensor] | None = None
 
     def images(self, images: Tensor) -> Tensor:
         """Unit embeddings (B, D) of images (B, 3, H, W) in [0, 1]: shorter side to the model's size, centre crop.
 
         Asked twice in a row for the same tensor (two rewards on one encoder), it encodes once.
         """
-        if self._last is not None and self._last[0]() is images:
-            return self._last[1]
+        state = (images._version, torch.is_grad_enabled())
+        if self._last is not None and self._last[0]() is images and self._last[1] == state:
+            return self._last[2]
         pixels = images.to(self.device)
         height, width = pixels.shape[-2:]
         if min(height, width) != self.size:
@@ -55,7 +58,7 @@ class ClipEncoder:
         pixels = pixels[..., top : top + self.size, left : left + self.size]
         pooled = self.model.vision_model(pixel_values=(pixels - self.mean) / self.std).pooler_output
         embeds = F.normalize(self.model.visual_projection(pooled), dim=-1)
-        self._last = (weakref.ref(images), embeds)
+        self._last = (weakref.ref(images), state, embeds)
         return embeds
 
     @torch.no_grad()

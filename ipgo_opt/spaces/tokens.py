@@ -116,7 +116,7 @@ class _Side:
 
     def E(self, basis: Tensor) -> Tensor:
         """The orthonormal bases (q, d, N) of the flat parameters `basis` (q, d·N + biases)."""
-        X = basis[:, : self.d * self.N].view(-1, self.d, self.N)
+        X = basis[:, : self.d * self.N].view(-1, self.d, self.N).tril(-1) - torch.eye(self.d, self.N).to(basis)
         return self.parametrization(X)
 
     def V(self, basis: Tensor, coefficients: Tensor) -> Tensor:
