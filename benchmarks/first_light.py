@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ PROMPTS = (
 )  # fmt: skip
 """Single objects and pairs, with and without style and background."""
 
-REWARDS = ("clip", "aesthetic", "clip+0.2*aesthetic")
+REWARDS = ("clip", "aesthetic")
 
 
 def interval(values: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
@@ -38,21 +36,16 @@ def interval(values: np.ndarray, rng: np.random.Generator) -> tuple[float, float
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
-def run(folder: Path, prompt: str, reward: str, extra: list[str]) -> dict[str, Any]:
-    """One cell: a run of its own process, resumed or read if it is there."""
+def cell(folder: Path, prompt: str, reward: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """One run; resumed if it was stopped, read if it is finished."""
+    import torch
+
+    from ipgo_opt.run import optimize, resume
+
+    torch.set_num_threads(1)
     if (folder / "run.json").exists():
-        done = json.loads((folder / "run.json").read_text())
-        if done["status"] == "finished":
-            return dict(done["result"])
-        command = ["resume", str(folder)]
-    else:
-        command = ["run", prompt, "--reward", reward, "--out", str(folder), *extra]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    out = subprocess.run(
-        [sys.executable, "-m", "ipgo_opt.cli", *command, "--json"],
-        env=environment, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    return dict(json.loads(out.stdout))
+        return resume(folder).summary
+    return optimize(prompt, reward=reward, out=folder, **settings).summary
 
 
 def main() -> None:
@@ -63,25 +56,26 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
     parser.add_argument("--rewards", nargs="+", default=list(REWARDS))
-    parser.add_argument("extra", nargs="*", help="further options of `ipgo-opt run`, after --")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the runs")
     args = parser.parse_args()
     started = time.time()
+    settings = {name: json.loads(value) for name, value in (pair.split("=", 1) for pair in args.set)}
     cells = [(reward, i) for i in range(args.prompts) for reward in args.rewards]
-
-    def cell(key: tuple[str, int]) -> dict[str, Any]:
-        reward, i = key
-        folder = args.runs / f"{reward.replace('*', 'x')}-{i:02d}"
-        return run(folder, PROMPTS[i], reward, args.extra)
-
-    with ThreadPoolExecutor(args.jobs) as pool:
-        results = dict(zip(cells, pool.map(cell, cells), strict=True))
+    with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
+        pending = {
+            (reward, i): pool.submit(
+                cell, args.runs / f"{reward.replace('*', 'x')}-{i:02d}", PROMPTS[i], reward, settings
+            )
+            for reward, i in cells
+        }
+        results = {key: work.result() for key, work in pending.items()}
     rng = np.random.default_rng(0)
     one = results[cells[0]]
-    extra = " ".join(args.extra)
+    extra = " ".join(args.set)
     lines = [
         "# First light: does it work?",
         "",
-        f"Produced by `python -m benchmarks.first_light{' -- ' + extra if extra else ''}` (defaults otherwise: "
+        f"Produced by `python -m benchmarks.first_light{' --set ' + extra if extra else ''}` (defaults otherwise: "
         f"{one['images']} images per search, seed 0; {one['held_out']['n']} fresh seeds with the same tokens).",
         "",
         "`search` is the best reward on the searched seed, `held-out` the mean over fresh seeds, `judge` the alignment "

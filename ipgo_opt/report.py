@@ -61,7 +61,8 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         raw = f"{number(held_out['raw_mean'])} ± {number(held_out['raw_sd'])}"
         out.append((label, raw, f"{number(held_out['mean'])} ± {number(held_out['sd'])}"))
         parts = held_out["parts"]
-        for name in [name for name in parts if f"raw_{name}" in parts]:
+        names = [name for name in parts if f"raw_{name}" in parts]
+        for name in names if len(names) > 1 else ():
             out.append((f"of it, {name}", number(parts[f"raw_{name}"]), number(parts[name])))
     if result["judge"]:
         raw, optimized = f"{result['judge']['raw']:.4f}", f"{result['judge']['optimized']:.4f}"

@@ -36,24 +36,24 @@ def label(scene: Scene) -> float:
 
 
 def main() -> None:
-    """Trains on all but the last 4,000 scenes, reports the rank correlation on those, saves aesthetic.safetensors."""
+    """Trains on all but the last 3,000 scenes, reports the rank correlation on those, saves aesthetic.safetensors."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=12)
     args = parser.parse_args()
     pictures, scenes, _ = load()
     encoder = ClipEncoder(WORK / "clip-a")
-    rows = np.arange(0, len(scenes), 2)
+    rows = np.arange(0, len(scenes), 4)
     embeds = []
     with torch.no_grad():
         for part in np.array_split(rows, len(rows) // 256):
             embeds.append(encoder.images(torch.from_numpy(pictures[part]).permute(0, 3, 1, 2).float() / 255).clone())
     X, y = torch.cat(embeds), torch.tensor([label(scenes[i]) for i in rows])
-    train, test = slice(0, -4000), slice(-4000, None)
+    train, test = slice(0, -3000), slice(-3000, None)
     torch.manual_seed(50)
     head = AestheticHead(WIDTHS)
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
     for _ in range(args.epochs):
-        for batch in torch.randperm(len(X) - 4000).split(256):
+        for batch in torch.randperm(len(X) - 3000).split(256):
             loss = F.mse_loss(head(X[train][batch]), y[train][batch])
             optimizer.zero_grad()
             loss.backward()
