@@ -120,14 +120,17 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
         "scheduler": "",
         "num_inference_steps": 20,
         "guidance_scale": 4.0,
-        "learning_rate": 1e-2,
+        "learning_rate": 2e-2,
+        "prefix": 2,
+        "suffix": 2,
         "spread": 0.1,
     },
 }
 """What a model of another size wants instead of the paper's settings, and why:
 
-emoji: 20 LMS steps are enough at 64 × 64; its tokens have norm 11 and respond to larger steps; the sum of alignment
-and aesthetics is a reward that a person agrees with, where aesthetics alone is hacked.
+emoji: 20 LMS steps are enough at 64 × 64; its tokens have norm 11 and respond to larger steps; twenty inserted tokens
+of a small norm draw attention away from the prompt, four do so less; the sum of alignment and aesthetics is a reward
+that a person agrees with, where aesthetics alone may be hacked.
 """
 
 
