@@ -142,6 +142,7 @@ class Result:
             store.write_json("run.json", read_run(target) | {"result": self.summary})
         finally:
             store.close()
+            (target / ".lock").unlink()
         return target
 
 

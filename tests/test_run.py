@@ -385,16 +385,19 @@ def test_a_model_of_the_wrong_kind_is_refused(tiny_folder, tmp_path):
 
 
 def test_a_run_without_a_folder_can_be_saved(tiny_folder, tmp_path):
-    """save copies the whole directory, refuses one that holds a run, and the copy outlives the result."""
+    """save copies the whole directory, says where it is, refuses one that holds a run, and outlives the result."""
     result = run(tiny_folder, held_out=0)
+    temporary, history = result.folder, result.history
     saved = result.save(tmp_path / "saved")
     assert saved == tmp_path / "saved"
     assert {path.name for path in saved.iterdir()} == FILES
-    for name in FILES:
-        assert (saved / name).read_bytes() == (result.folder / name).read_bytes()
+    for name in set(FILES) - {"run.json"}:
+        assert (saved / name).read_bytes() == (temporary / name).read_bytes()
+    before, after = (json.loads((folder / "run.json").read_text()) for folder in (temporary, saved))
+    assert after["result"]["out"] == result.summary["out"] == str(saved)
+    assert before | {"result": before["result"] | {"out": str(saved)}} == after
     with pytest.raises(BadInput, match="another run"):
         result.save(saved)
-    temporary, history = result.folder, result.history
     del result
     assert not temporary.exists()
     assert resume(saved, reward=tiny.Redness()).history == history
