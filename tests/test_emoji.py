@@ -76,6 +76,13 @@ def test_the_weights_are_small_and_safe():
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
 
 
+def test_the_configurations_name_no_folder():
+    """Nothing tells where a part was loaded from when it was packed."""
+    configs = [path for folder in (FOLDER, EMOJI) for path in folder.rglob("*.json")]
+    assert len(configs) > 5
+    assert not [path for path in configs if '"_name_or_path"' in path.read_text()]
+
+
 @every_reward
 def test_a_reward_keeps_the_contract(name, images):
     """(B,) scores in their range; a batch equals one by one; the gradient reaches every image."""

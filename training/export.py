@@ -32,6 +32,14 @@ def classic_vocabulary(folder: Path) -> None:
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
 
 
+def forget_origin(folder: Path) -> None:
+    """Takes out of every configuration the path that its part was loaded from."""
+    for path in folder.rglob("config.json"):
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def main() -> None:
     """Exports and checks the sizes."""
     target = PACKAGE / "models" / "emoji"
@@ -49,6 +57,7 @@ def main() -> None:
     ).to(torch.float16)
     pipeline.save_pretrained(target, safe_serialization=True)
     classic_vocabulary(target / "tokenizer")
+    forget_origin(target)
     if card is not None:
         (target / "README.md").write_bytes(card)
     rewards = PACKAGE / "rewards" / "emoji"
