@@ -2,23 +2,26 @@
 
     python -m training.autoencoder
 
-Each crop is the busier of two random windows: flat backgrounds teach nothing. Noise on the latents keeps them smooth.
-Measured on one CPU thread, 50 s each: AutoencoderKL of 3.3 M parameters reaches 13.3 dB, this class 17 dB; what counts
-is the number of updates, hence the small batch and the absence of blocks at full resolution.
+Each crop is the busier of two random windows: flat backgrounds teach nothing. A quarter of the pictures show glyphs
+outside the world. Noise on the latents keeps them smooth. The number of updates counts more than the depth, hence the
+small batch and a single block at full resolution's half; Muon reached in 70 s (21.0 dB) what Adam did in 6 minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny
 from torch.nn import functional as F
 
-from training.checkpoint import WORK, Progress
-from training.scenes import load
+from training.checkpoint import WORK, Progress, cosine
+from training.muon import Muon
+from training.scenes import clean, load
+from training.world import OTHERS, render, sample_scene
 
 BATCH, CROP = 8, 32
 NOISE = 0.08
@@ -31,18 +34,24 @@ def build() -> AutoencoderTiny:
         encoder_block_out_channels=(64,) * 4,
         decoder_block_out_channels=(64,) * 4,
         latent_channels=16,
-        num_encoder_blocks=(0, 1, 2, 2),
-        num_decoder_blocks=(3, 2, 1, 0),
+        num_encoder_blocks=(0, 1, 3, 4),
+        num_decoder_blocks=(6, 4, 1, 0),
     )
 
 
-def crops(pictures: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
-    """BATCH crops (BATCH, 3, CROP, CROP) in [−1, 1]."""
+def others(count: int) -> np.ndarray:
+    """Pictures (count, 64, 64, 3) of scenes whose glyphs are not in the world."""
+    rng = np.random.default_rng(30)
+    return np.stack([np.asarray(render(sample_scene(rng, names=tuple(OTHERS)), rng)) for _ in range(count)])
+
+
+def crops(sources: Sequence[np.ndarray], rng: np.random.Generator) -> torch.Tensor:
+    """BATCH crops (BATCH, 3, CROP, CROP) in [−1, 1], every fourth from the second source."""
     out = np.empty((BATCH, CROP, CROP, 3), np.uint8)
-    for k, i in enumerate(rng.integers(0, len(pictures), BATCH)):
-        windows = []
-        for y, x in rng.integers(0, 64 - CROP + 1, (2, 2)):
-            windows.append(pictures[i, y : y + CROP, x : x + CROP])
+    for k in range(BATCH):
+        pictures = sources[k % 4 == 3]
+        picture = pictures[rng.integers(len(pictures))]
+        windows = [picture[y : y + CROP, x : x + CROP] for y, x in rng.integers(0, 64 - CROP + 1, (2, 2))]
         out[k] = max(windows, key=lambda w: float(w[::2, ::2].std(axis=(0, 1)).sum()))
     return torch.from_numpy(out).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
@@ -55,23 +64,21 @@ def gradient_loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     """Trains and saves the folder `vae`."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=13_000)
+    parser.add_argument("--steps", type=int, default=16_000)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     pictures, scenes, _ = load()
-    clean = np.array([i for i, scene in enumerate(scenes) if not scene.defect])
-    pictures = pictures[clean[:30_000]]
+    usable = np.array(clean(scenes))
+    test, sources = pictures[usable[-2000:]], (pictures[usable[:30_000]], others(10_000))
     model = build().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, weight_decay=0.0, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min(1, i / 50) * (0.02 + 0.98 * (1 + math.cos(math.pi * min(1, i / args.steps))) / 2)
-    )
+    optimizer = Muon(model, lr=2e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(args.steps))
     progress = Progress("autoencoder", every=500, model=model, optimizer=optimizer, schedule=schedule)
     while progress.step < args.steps:
         rng = np.random.default_rng(30_000_000 + progress.step)
         torch.manual_seed(30_000_000 + progress.step)
-        images = crops(pictures, rng).contiguous(memory_format=torch.channels_last)
+        images = crops(sources, rng).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             latents = model.encode(images).latents
             made = model.decode(latents + NOISE * torch.randn_like(latents)).sample
@@ -87,7 +94,7 @@ def main() -> None:
     with torch.no_grad():
         encoded = []
         errors = []
-        for batch in np.array_split(pictures[-2000:], 40):
+        for batch in np.array_split(test, 40):
             images = torch.from_numpy(batch).permute(0, 3, 1, 2).float().div(127.5).sub(1)
             encoded.append(model.encode(images).latents)
             errors.append(((model.decode(encoded[-1]).sample.clamp(-1, 1) - images) / 2).square().mean().item())

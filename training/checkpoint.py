@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,16 @@ import torch
 
 WORK = Path(os.environ.get("EMOJI_WORK", Path(__file__).parent / "work"))
 """Where stages leave their results for one another."""
+
+
+def cosine(steps: int, warmup: int = 50, flat: float = 0.0, floor: float = 0.02) -> Callable[[int], float]:
+    """The learning rate's factor at each step: a short rise, `flat` (share of `steps`) at 1, a cosine to `floor`."""
+
+    def factor(step: int) -> float:
+        fall = min(1.0, max(0.0, (step / steps - flat) / (1 - flat)))
+        return min(1.0, (step + 1) / warmup) * (floor + (1 - floor) * (1 + math.cos(math.pi * fall)) / 2)
+
+    return factor
 
 
 class Progress:

@@ -2,8 +2,9 @@
 
     python -m training.evaluate --out docs
 
-The judge is asked which of several captions fits, all alike but for one attribute: chance is 1/32 for objects, 1/17 for
-backgrounds, 1/5 for styles. The same questions on rendered scenes show how far the judge itself can be trusted.
+The judge is asked which of several captions fits, all alike but for one attribute: chance is 1/48 for objects, 1/15 for
+backgrounds, 1/5 for styles, 1/2 for relations. The same questions on rendered scenes show how far the judge itself can
+be trusted; so does its choice between each rendered scene's caption and one that differs in a word.
 """
 
 from __future__ import annotations
@@ -23,7 +24,21 @@ from ipgo_opt.models import load, resolve
 from ipgo_opt.models.sampler import Sampler, SamplerSettings
 from ipgo_opt.rewards.clip import ClipReward, load_clip, load_judge
 from ipgo_opt.store import to_pil
-from training.world import COLOURS, LANDSCAPES, OBJECTS, STYLES, Scene, caption, render
+from training.clip import swapped
+from training.world import (
+    COLOURS,
+    LANDSCAPES,
+    OBJECTS,
+    RELATIONS,
+    STYLES,
+    Scene,
+    caption,
+    place,
+    related,
+    render,
+    sample_scene,
+    shows_background,
+)  # fmt: skip
 
 BACKGROUNDS = (*COLOURS, *LANDSCAPES)
 FIRST_SEED = 20_000_000
@@ -92,6 +107,38 @@ def pairs_right(judge: ClipReward, images: torch.Tensor, scenes: Sequence[Scene]
     return float(np.mean(right))
 
 
+def positioned(scene: Scene, phrase: int) -> str:
+    """A caption of two objects that names their relation, from the first object (0) or the second (1)."""
+    return " ".join([related(scene, phrase), place(scene.background)])
+
+
+def relations_right(judge: ClipReward, images: torch.Tensor, scenes: Sequence[Scene]) -> float:
+    """Share of two-object images that the judge finds closer to their caption than to the same with objects swapped."""
+    seen, right = judge.encoder.images(images), []
+    for k, (embedding, scene) in enumerate(zip(seen, scenes, strict=True)):
+        texts = [positioned(made, k % 2) for made in (scene, replace(scene, objects=scene.objects[::-1]))]
+        right.append(int((judge.encoder.texts(texts) @ embedding).argmax()) == 0)
+    return float(np.mean(right))
+
+
+def one_word(judge: ClipReward, count: int = 1000) -> dict[str, float]:
+    """Share of rendered scenes whose full caption beats the same with one word changed, by attribute."""
+    rng = np.random.default_rng(62)
+    scenes = [sample_scene(rng) for _ in range(count)]
+    seen = judge.encoder.images(rendered(scenes, rng))
+    pairs = [k for k, scene in enumerate(scenes) if len(scene.objects) == 2]
+    out = {"relation": relations_right(judge, rendered([scenes[k] for k in pairs], rng), [scenes[k] for k in pairs])}
+    for attribute in ("object", "background", "style", "count"):
+        right = []
+        for embedding, scene in zip(seen, scenes, strict=True):
+            texts = [full(scene), full(swapped(scene, attribute, rng))]
+            fits = shows_background(scene) or attribute != "background"
+            if fits and texts[0] != texts[1] and (attribute != "count" or len(scene.objects) == 1):
+                right.append(int((judge.encoder.texts(texts) @ embedding).argmax()) == 0)
+        out[attribute] = float(np.mean(right))
+    return out
+
+
 def rendered(scenes: Sequence[Scene], rng: np.random.Generator) -> torch.Tensor:
     """The scenes as the world paints them, (B, 3, 64, 64) in [0, 1]."""
     pictures = np.stack([np.asarray(render(scene, rng)) for scene in scenes])
@@ -133,11 +180,11 @@ def main() -> None:
         Scene(tuple(map(str, rng.choice(names, 2, replace=False))), 1, "", str(rng.choice(BACKGROUNDS)))
         for _ in range(args.prompts)
     ]
-    groups = {"single": singles, "styled": styled, "pairs": pairs}
-    made = {
-        name: paint(model, [full(scene) for scene in scenes], FIRST_SEED + 1000 * k)
-        for k, (name, scenes) in enumerate(groups.items())
-    }
+    placed = [replace(scene, layout=list(RELATIONS)[k // 2 % 2]) for k, scene in enumerate(pairs)]
+    groups = {"single": singles, "styled": styled, "pairs": pairs, "placed": placed}
+    prompts = {name: [full(scene) for scene in scenes] for name, scenes in groups.items()}
+    prompts["placed"] = [positioned(scene, k % 2) for k, scene in enumerate(placed)]
+    made = {name: paint(model, prompts[name], FIRST_SEED + 1000 * k) for k, name in enumerate(groups)}
     real = {name: rendered(scenes, rng) for name, scenes in groups.items()}
     table: dict[str, Any] = {"num_inference_steps": args.steps, "guidance_scale": args.guidance, "n": args.prompts}
     for who, judge in (("judge", load_judge("cpu")), ("clip", load_clip("cpu"))):
@@ -148,7 +195,9 @@ def main() -> None:
                 "style": accuracy(judge, images["styled"], styled, "style"),
                 "object, styled": accuracy(judge, images["styled"], styled, "object"),
                 "both objects": pairs_right(judge, images["pairs"], pairs),
+                "relation": relations_right(judge, images["placed"], placed),
             }
+        table[f"{who}, rendered, one word changed"] = one_word(judge)
     wrong = named(load_judge("cpu"), made["single"], singles, "object")
     table["judge's mistakes"] = [
         f"{scene.objects[0]} taken for {name}" for scene, name in zip(singles, wrong, strict=True)
@@ -159,11 +208,10 @@ def main() -> None:
     order = np.random.default_rng(61).permutation(names)
     (args.out / "objects.txt").write_text("\n".join(order) + "\n")
     sheet(paint(model, [f"a {name}" for name in order], FIRST_SEED + 5000), 8).save(args.out / "objects.png")
-    grid = [
-        full(Scene(("fox",), 1, "large", b, s)) for s in ("", *STYLES) for b in ("blue", "sunset", "meadow", "snow")
-    ]
-    grid += ["a cat and a rocket", "two apples in a meadow", "three mushrooms on a blue background", "four cars"]
-    sheet(paint(model, grid, FIRST_SEED + 6000), 4).save(args.out / "styles.png")
+    grid = [full(Scene(("fox",), 1, "large", b, s)) for s in ("", *STYLES) for b in ("blue", *LANDSCAPES)]
+    grid += ["a cat and a rocket", "a pizza left of a penguin", "a robot above a car", "a castle below a moon"]
+    grid += ["two apples in a meadow", "three mushrooms on a blue background", "four cars at night", "a small house"]
+    sheet(paint(model, grid, FIRST_SEED + 6000), 8).save(args.out / "styles.png")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def main() -> None:
     card = (target / "README.md").read_bytes() if (target / "README.md").exists() else None
     shutil.rmtree(target, ignore_errors=True)
     pipeline = StableDiffusionPipeline(
-        vae=AutoencoderTiny.from_pretrained(WORK / "vae-deep"),
+        vae=AutoencoderTiny.from_pretrained(WORK / "vae"),
         text_encoder=CLIPTextModel.from_pretrained(WORK / "clip-a"),
         tokenizer=tokenizer(),
         unet=UNet2DConditionModel.from_pretrained(WORK / "unet"),

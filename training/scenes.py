@@ -1,6 +1,6 @@
 """Stage `scenes`: renders the training pictures and their captions once.
 
-python -m training.scenes --count 64000
+python -m training.scenes --count 80000
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from training.checkpoint import WORK
 from training.world import Scene, caption, render, sample_scene
 
-CAPTIONS = 3
+CAPTIONS = 4
 """Captions per scene, with different attributes dropped."""
 
 
@@ -25,10 +25,15 @@ def load() -> tuple[np.ndarray, list[Scene], list[list[str]]]:
     return np.load(WORK / "scenes.npy", mmap_mode="r"), scenes, [record["captions"] for record in records]
 
 
+def clean(scenes: list[Scene]) -> list[int]:
+    """Which scenes have no defect: those that images are made from."""
+    return [i for i, scene in enumerate(scenes) if not scene.defect]
+
+
 def main() -> None:
     """Renders `--count` scenes of seed `--seed` into scenes.npy and scenes.json."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=64_000)
+    parser.add_argument("--count", type=int, default=80_000)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
 from training.checkpoint import WORK
@@ -29,7 +29,7 @@ def main() -> None:
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(r"\s+", "removed"), pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(False)]
+        [pre_tokenizers.Split(Regex(r"\s+"), "removed"), pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(False)]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 
 import numpy as np
@@ -20,9 +19,11 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch.nn import functional as F
 
-from training.checkpoint import WORK, Progress
+from training.checkpoint import WORK, Progress, cosine
+from training.muon import Muon
 
 BATCH = 64
+LEARNING_RATE = 5e-3
 DROPPED = 0.1
 """Share of captions replaced by the empty one, for classifier-free guidance."""
 SCHEDULE = {
@@ -74,13 +75,8 @@ def main() -> None:
     model = build(states.shape[-1]).to(device, memory_format=torch.channels_last)
     model.set_attn_processor(AttnProcessor())  # on a CPU twice as fast to train as fused attention's backward
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, betas=(0.9, 0.99))
-
-    def rate(i: int) -> float:
-        fall = max(0.0, i / args.steps - 0.4) / 0.6
-        return min(1, i / 100) * (0.01 + 0.99 * (1 + math.cos(math.pi * min(1, fall))) / 2)
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    optimizer = Muon(model, lr=LEARNING_RATE, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(args.steps, warmup=100, flat=0.4, floor=0.01))
     progress = Progress("unet", every=100, model=model, average=average, optimizer=optimizer, schedule=schedule)
     noising = DDPMScheduler(**SCHEDULE)
     forward = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model

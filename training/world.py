@@ -1,13 +1,16 @@
 """The emoji world: small scenes composed of Noto Color Emoji glyphs, with captions that describe them.
 
-A scene is one object, two objects side by side, or two to four of a kind, on a plain colour or in a landscape,
-optionally passed through a style. Everything is drawn from a `numpy.random.Generator`, so a seed fixes a scene.
+A scene is one object, two objects side by side or one above the other, or two to four of a kind, on a plain colour or
+in a landscape, optionally passed through a style. Everything is drawn from a `numpy.random.Generator`, so a seed fixes
+a scene.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,18 +22,27 @@ SIZE = 64
 FONT = os.environ.get("EMOJI_FONT", "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 """The CBDT bitmap font of Debian's package fonts-noto-color-emoji (SIL Open Font License 1.1)."""
 
-OBJECTS = {
-    "cat": "🐱", "dog": "🐶", "fox": "🦊", "panda": "🐼", "frog": "🐸", "pig": "🐷", "penguin": "🐧", "lion": "🦁",
-    "fish": "🐟", "turtle": "🐢", "unicorn": "🦄", "robot": "🤖", "car": "🚗", "bus": "🚌", "rocket": "🚀",
-    "sailboat": "⛵", "airplane": "✈", "house": "🏠", "castle": "🏰", "tree": "🌳", "cactus": "🌵",
-    "mushroom": "🍄", "sun": "🌞", "rainbow": "🌈", "snowman": "⛄", "apple": "🍎", "strawberry": "🍓",
-    "banana": "🍌", "pizza": "🍕", "donut": "🍩", "heart": "❤", "umbrella": "☂",
+CATEGORIES = {
+    "people": {"princess": "👸", "clown": "🤡", "santa": "🎅", "wizard": "🧙", "ninja": "🥷", "robot": "🤖"},
+    "rooms": {"couch": "🛋", "bathtub": "🛁", "television": "📺", "clock": "⏰", "door": "🚪", "umbrella": "☂"},
+    "vehicles": {"car": "🚗", "bus": "🚌", "rocket": "🚀", "sailboat": "⛵", "airplane": "✈", "train": "🚂"},
+    "nature": {"tree": "🌳", "cactus": "🌵", "mushroom": "🍄", "sun": "🌞", "rainbow": "🌈", "moon": "🌙",
+               "sunflower": "🌻", "snowman": "⛄"},
+    "buildings": {"house": "🏠", "castle": "🏰", "church": "⛪", "tent": "⛺", "tower": "🗼"},
+    "animals": {"cat": "🐱", "dog": "🐶", "fox": "🦊", "panda": "🐼", "frog": "🐸", "pig": "🐷", "penguin": "🐧",
+                "lion": "🦁", "fish": "🐟", "turtle": "🐢", "unicorn": "🦄"},
+    "food": {"apple": "🍎", "strawberry": "🍓", "banana": "🍌", "pizza": "🍕", "donut": "🍩", "heart": "❤"},
 }  # fmt: skip
+"""The 48 objects, in the paper's five categories, animals (its category for transfer) and food (with one heart)."""
+
+OBJECTS = {name: mark for members in CATEGORIES.values() for name, mark in members.items()}
+
+OTHERS = "👶🤴👮👻👽🛏🪑🚽💡🪴🚜🚁🚚🚑🚢🏍🚲🎈🏭🏥🛖🏫⛲🌋🏔🌴🌷🍁🐰🐻🐨🐯🐵🐘🦉🦆🦋🐙🐳🐝🍉🍔🍦🎂🍇🎁⚽🎸"
+"""Further glyphs that only the autoencoder sees, so that the world can grow without a new one."""
 
 COLOURS = {
-    "red": (208, 52, 48), "orange": (240, 145, 45), "yellow": (246, 214, 72), "green": (76, 160, 78),
-    "blue": (58, 112, 200), "purple": (128, 74, 170), "pink": (240, 150, 190), "white": (246, 246, 244),
-    "gray": (140, 142, 146), "black": (26, 26, 30),
+    "red": (208, 52, 48), "yellow": (246, 214, 72), "green": (76, 160, 78), "blue": (58, 112, 200),
+    "purple": (128, 74, 170), "pink": (240, 150, 190), "white": (246, 246, 244), "black": (26, 26, 30),
 }  # fmt: skip
 
 LANDSCAPES = {
@@ -42,6 +54,9 @@ STYLES = ("pencil sketch", "neon", "faded", "vivid")
 DEFECTS = ("blurry", "noisy")
 """Named in captions for the CLIP models and the aesthetic head only; the image model never trains on them."""
 
+RELATIONS = {"beside": ("left of", "right of"), "stacked": ("above", "below")}
+"""How two objects can lie, and what is said of the first (left or upper) and of the second one."""
+
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 
@@ -50,12 +65,13 @@ class Scene:
     """What is in a picture: everything its captions may say.
 
     Attributes:
-        objects: one or two object names.
+        objects: one or two object names, the left or upper one first.
         count: how many of the single object (1 to 4); 1 when there are two objects.
         size: "small", "medium" or "large" for one object, "" otherwise.
         background: a key of COLOURS or LANDSCAPES.
         style: one of STYLES, or "".
         defect: one of DEFECTS, or "".
+        layout: a key of RELATIONS: two objects side by side, the first on the left, or the first above the second.
 
     """
 
@@ -65,13 +81,15 @@ class Scene:
     background: str = "white"
     style: str = ""
     defect: str = ""
+    layout: str = "beside"
 
 
 def plural(name: str) -> str:
     """The plural of an object name."""
-    return {"fish": "fish", "fox": "foxes", "bus": "buses", "cactus": "cactuses", "strawberry": "strawberries"}.get(
-        name, name + "s"
-    )
+    return {
+        "fish": "fish", "fox": "foxes", "bus": "buses", "cactus": "cactuses", "strawberry": "strawberries",
+        "couch": "couches", "church": "churches", "princess": "princesses",
+    }.get(name, name + "s")  # fmt: skip
 
 
 def article(noun: str) -> str:
@@ -79,10 +97,16 @@ def article(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeio" or noun == "umbrella" else f"a {noun}"
 
 
-def subject(scene: Scene, *, size: bool = False) -> str:
-    """The part of a caption that names the objects."""
+def related(scene: Scene, phrase: int) -> str:
+    """Two objects by their relation: said of the first object (`phrase` 0) or of the second (1)."""
+    names = [article(name) for name in (scene.objects if phrase == 0 else scene.objects[::-1])]
+    return f" {RELATIONS[scene.layout][phrase]} ".join(names)
+
+
+def subject(scene: Scene, *, size: bool = False, relation: int | None = None) -> str:
+    """The part of a caption that names the objects, two of them by their relation if one of 0, 1 is given."""
     if len(scene.objects) == 2:
-        return " and ".join(article(name) for name in scene.objects)
+        return " and ".join(map(article, scene.objects)) if relation is None else related(scene, relation)
     if scene.count > 1:
         return f"{NUMBERS[scene.count]} {plural(scene.objects[0])}"
     name = scene.objects[0]
@@ -100,8 +124,12 @@ def shows_background(scene: Scene) -> bool:
 
 
 def caption(scene: Scene, rng: np.random.Generator, *, full: bool = False) -> str:
-    """A caption of the scene; attributes other than objects, style and defect are dropped at random unless `full`."""
-    text = subject(scene, size=scene.size != "large" and (full or rng.random() < 0.5))
+    """A caption of the scene; attributes other than objects, style and defect are dropped at random unless `full`.
+
+    A full caption joins two objects by "and"; others name their relation in most cases.
+    """
+    said = None if full else int(rng.integers(2)) if rng.random() < 0.6 else None
+    text = subject(scene, size=scene.size != "large" and (full or rng.random() < 0.5), relation=said)
     if shows_background(scene) and (full or rng.random() < 0.8):
         text += " " + place(scene.background)
     style = scene.style
@@ -114,28 +142,46 @@ def caption(scene: Scene, rng: np.random.Generator, *, full: bool = False) -> st
     return ", ".join(part for part in (text, style, scene.defect) if part)
 
 
-def sample_scene(rng: np.random.Generator, *, defects: bool = False) -> Scene:
+def held_out(scene: Scene) -> bool:
+    """Whether training must not see the scene: its objects, background and style together belong to the prompt sets.
+
+    A quarter of the combinations of one object with a background and a style, and of two objects with a background.
+    """
+    if scene.count > 1 or not shows_background(scene):
+        return False
+    key = "|".join((*sorted(scene.objects), scene.background, scene.style if len(scene.objects) == 1 else ""))
+    return zlib.crc32(key.encode()) % 4 == 0
+
+
+def sample_scene(rng: np.random.Generator, *, defects: bool = False, names: Sequence[str] = tuple(OBJECTS)) -> Scene:
     """One random scene of the training distribution."""
-    names = list(OBJECTS)
+    scene = _any_scene(rng, defects, names)
+    while held_out(scene):
+        scene = _any_scene(rng, defects, names)
+    return scene
+
+
+def _any_scene(rng: np.random.Generator, defects: bool, names: Sequence[str]) -> Scene:
     kind = rng.random()
-    background = str(rng.choice(list(COLOURS) if rng.random() < 0.55 else list(LANDSCAPES)))
+    background = str(rng.choice(list(COLOURS) if rng.random() < 0.5 else list(LANDSCAPES)))
     style = str(rng.choice(STYLES)) if rng.random() < 0.38 else ""
-    defect = str(rng.choice(DEFECTS)) if defects and rng.random() < 0.12 else ""
+    defect = str(rng.choice(DEFECTS)) if defects and rng.random() < 0.14 else ""
     if kind < 0.5:
-        size = str(rng.choice(["small", "medium", "large"], p=[0.1, 0.25, 0.65]))
+        size = str(rng.choice(["small", "medium", "large"], p=[0.1, 0.2, 0.7]))
         return Scene((str(rng.choice(names)),), 1, size, background, style, defect)
-    if kind < 0.8:
+    if kind < 0.85:
         first, second = rng.choice(names, 2, replace=False)
-        return Scene((str(first), str(second)), 1, "", background, style, defect)
+        layout = str(rng.choice(list(RELATIONS)))
+        return Scene((str(first), str(second)), 1, "", background, style, defect, layout)
     return Scene((str(rng.choice(names)),), int(rng.integers(2, 5)), "", background, style, defect)
 
 
 @functools.cache
 def glyph(name: str) -> Image.Image:
-    """The emoji of an object, cropped to its ink, RGBA."""
+    """The emoji of an object (or a glyph itself), cropped to its ink, RGBA."""
     canvas = Image.new("RGBA", (160, 160))
     font = ImageFont.truetype(FONT, 109)
-    ImageDraw.Draw(canvas).text((8, 8), OBJECTS[name], font=font, embedded_color=True)
+    ImageDraw.Draw(canvas).text((8, 8), OBJECTS.get(name, name), font=font, embedded_color=True)
     return canvas.crop(canvas.getbbox())
 
 
@@ -199,8 +245,9 @@ def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
         canvas = _landscape(scene.background, rng)
     jitter = functools.partial(rng.uniform, -2, 2)
     if len(scene.objects) == 2:
-        for name, x in zip(scene.objects, (17, 47), strict=True):
-            _paste(canvas, name, int(rng.integers(27, 31)), x + jitter() / 2, 32 + jitter() * 1.5)
+        for name, along in zip(scene.objects, (17, 47), strict=True):
+            pixels, u, v = int(rng.integers(27, 31)), along + jitter() / 2, 32 + jitter() * 1.5
+            _paste(canvas, name, pixels, *((u, v) if scene.layout == "beside" else (v, u)))
     elif scene.count > 1:
         spots = {
             2: [(17, 32), (47, 32)],
