@@ -19,10 +19,12 @@ import numpy as np
 import torch
 
 from ipgo_opt.config import configure
+from ipgo_opt.loop import Loop
 from ipgo_opt.models import load, resolve
+from ipgo_opt.objective import Objective
 from ipgo_opt.rewards.base import WeightedSum, parse
 from ipgo_opt.rewards.clip import load_clip, load_judge
-from ipgo_opt.run import Objective, Silence, _Loop
+from ipgo_opt.run import Silence
 from ipgo_opt.spaces.tokens import TokenSpace
 from ipgo_opt.store import Store
 from ipgo_opt.strategies.base import Problem
@@ -53,14 +55,10 @@ def plain_loop(objective: Objective, x: torch.Tensor, steps: int, keep_graphs: b
     reward.sum().backward()
 
 
-def ours(loop: _Loop, solver: Gradient) -> None:
+def ours(loop: Loop, solver: Gradient) -> None:
     """One step of a run, with everything that a run does."""
-    x = solver.ask()
-    made = loop.objective(x, [0], gradient=True)
-    loop.record(x, made)
-    value, gradient = loop.told(made)
-    solver.tell(x, value, gradient)
-    loop.store.save_checkpoint(loop.state_dict() | {"strategy": solver.state_dict()})
+    loop.step(solver)
+    loop.save(solver)
 
 
 def measure(steps: int, repeats: int) -> dict[str, np.ndarray]:
@@ -75,7 +73,8 @@ def measure(steps: int, repeats: int) -> dict[str, np.ndarray]:
     start = space.coordinates(full=True)
     solver = Gradient(Problem(start.start, start.lower, start.upper, 1000), config.gradient_options())
     with tempfile.TemporaryDirectory() as folder:
-        loop = _Loop(config, Store(Path(folder)), Silence(), objective)
+        loop = Loop(config, Store(Path(folder)), Silence(), objective)
+        loop.try_seeds()
         works: dict[str, Callable[[], None]] = {
             "floor": lambda: plain_loop(objective, solver.ask(), steps, False),
             "ours": lambda: ours(loop, solver),

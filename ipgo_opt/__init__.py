@@ -5,24 +5,26 @@
 >>> result.image.save("best.png")
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["BadInput", "Result", "RunFailed", "optimize", "resume"]
+__all__ = ["BadInput", "Result", "RunFailed", "compare", "optimize", "resume", "reward"]
 
 if TYPE_CHECKING:
+    from ipgo_opt.comparison import compare
     from ipgo_opt.errors import BadInput, RunFailed
+    from ipgo_opt.rewards.custom import reward
     from ipgo_opt.run import Result, optimize, resume
+
+HOMES = {
+    "optimize": "run", "resume": "run", "Result": "run", "BadInput": "errors", "RunFailed": "errors",
+    "compare": "comparison", "reward": "rewards.custom",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     """Imports the public names when they are first used: torch takes seconds."""
-    if name in ("optimize", "resume", "Result"):
-        from ipgo_opt import run
-
-        return getattr(run, name)
-    if name in ("BadInput", "RunFailed"):
-        from ipgo_opt import errors
-
-        return getattr(errors, name)
+    if name in HOMES:
+        return getattr(importlib.import_module(f"ipgo_opt.{HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,60 +41,131 @@ def _option(text: str, *names: str, setting: str | None = None) -> Any:
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
 
 
+STRATEGY = _option("Who searches: see `list strategies`.", "--strategy")
+SETTINGS: dict[str, tuple[Any, Any]] = {
+    "space": (str, _option("What is searched: see `list spaces`.", "--space")),
+    "reward": (str, _option(
+        "What is good: a name, file.py:function, module:function, an address or a weighted sum.", "--reward"
+    )),
+    "judge": (str, _option("Held-out judge, or none.", "--judge")),
+    "model": (str, typer.Option("--model", help="emoji, a diffusers folder or a hub id. [default: emoji]")),
+    "budget": (int, _option("Images the search may generate, the raw one included.", "--budget")),
+    "seed": (int, _option("Seed of noise, space and strategy.", "--seed")),
+    "search_seeds": (int, _option("Seeds every candidate is scored on.", "--search-seeds")),
+    "seed_share": (float, _option("Share of the budget for choosing the seed first, 0 to 1.", "--seed-share")),
+    "held_out": (int, _option("Fresh seeds for the verdict.", "--held-out")),
+    "num_inference_steps": (
+        int, _option("Sampler steps.", "--steps", "--num-inference-steps", setting="num_inference_steps")
+    ),
+    "guidance_scale": (float, _option("Classifier-free guidance.", "--guidance-scale")),
+    "height": (int, _option("Pixels; 0 for the model's own.", "--height")),
+    "width": (int, _option("Pixels; 0 for the model's own.", "--width")),
+    "scheduler": (str, _option("A scheduler class of diffusers.", "--scheduler")),
+    "negative_prompt": (str, _option("The unconditional prompt.", "--negative-prompt")),
+    "grad_steps": (int, _option("K: last steps that are differentiated.", "--grad-steps")),
+    "gamma": (float, _option("Weight of the conformity penalty.", "--gamma")),
+    "prefix": (int, _option("Tokens before the prompt.", "--prefix")),
+    "suffix": (int, _option("Tokens after the prompt.", "--suffix")),
+    "basis": (str, _option("What E spans: random, states or a run directory.", "--basis")),
+    "basis_size": (int, _option("N: basis vectors.", "--basis-size")),
+    "layout": (str, _option("shared or per_token.", "--layout")),
+    "scale": (float, _option("Factor on the tokens.", "--scale")),
+    "spread": (float, _option("Z starts within this bound.", "--spread")),
+    "learning_rate": (float, _option("Adam's step size.", "--learning-rate", "--lr", setting="learning_rate")),
+    "decay": (float, _option("Factor on the learning rate.", "--decay")),
+    "decay_every": (int, _option("Updates between two decays.", "--decay-every")),
+    "max_grad_norm": (float, _option("Gradient clipping.", "--max-grad-norm")),
+    "batch_size": (int, _option("Candidates per step.", "--batch-size")),
+    "chunk": (int, _option("Most images per pipeline call.", "--chunk")),
+    "device": (str, _option("auto, cpu, cuda, cuda:1, mps.", "--device")),
+    "dtype": (str, _option("auto, float32, float16, bfloat16.", "--dtype")),
+}  # fmt: skip
+"""Types and options of the settings that every command which searches takes; None is the model's default."""
+
+
+def _with_settings(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command that takes **settings an option for each of SETTINGS."""
+
+    def widen(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        more = [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+            )
+            for name, (kind, option) in SETTINGS.items()
+            if name not in left_out
+        ]
+        ordered = sorted([*own, *more], key=lambda p: p.kind)
+        command.__signature__ = signature.replace(parameters=ordered)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in ordered}
+        return command
+
+    return widen
+
+
 @app.command()
+@_with_settings()
 def run(
     prompt: Annotated[str, typer.Argument(help="What the image should show.")],
-    strategy: Annotated[str | None, _option("Who searches: see `list strategies`.", "--strategy")] = None,
-    space: Annotated[str | None, _option("What is searched: see `list spaces`.", "--space")] = None,
-    reward: Annotated[str | None, _option("What is good: a name or a weighted sum.", "--reward")] = None,
-    judge: Annotated[str | None, _option("Held-out judge, or none.", "--judge")] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", help="emoji, a diffusers folder or a hub id. [default: emoji]")
-    ] = None,
-    budget: Annotated[int | None, _option("Images the search may generate, the raw one included.", "--budget")] = None,
-    seed: Annotated[int | None, _option("Seed of noise, space and strategy.", "--seed")] = None,
+    strategy: Annotated[str | None, STRATEGY] = None,
     out: Annotated[
         Path | None, typer.Option(help="Run directory. [default: runs/PROMPT-N]", show_default=False)
     ] = None,
-    search_seeds: Annotated[int | None, _option("Seeds every candidate is scored on.", "--search-seeds")] = None,
-    held_out: Annotated[int | None, _option("Fresh seeds for the verdict.", "--held-out")] = None,
-    num_inference_steps: Annotated[
-        int | None, _option("Sampler steps.", "--steps", "--num-inference-steps", setting="num_inference_steps")
-    ] = None,
-    guidance_scale: Annotated[float | None, _option("Classifier-free guidance.", "--guidance-scale")] = None,
-    height: Annotated[int | None, _option("Pixels; 0 for the model's own.", "--height")] = None,
-    width: Annotated[int | None, _option("Pixels; 0 for the model's own.", "--width")] = None,
-    scheduler: Annotated[str | None, _option("A scheduler class of diffusers.", "--scheduler")] = None,
-    negative_prompt: Annotated[str | None, _option("The unconditional prompt.", "--negative-prompt")] = None,
-    grad_steps: Annotated[int | None, _option("K: last steps that are differentiated.", "--grad-steps")] = None,
-    gamma: Annotated[float | None, _option("Weight of the conformity penalty.", "--gamma")] = None,
-    prefix: Annotated[int | None, _option("Tokens before the prompt.", "--prefix")] = None,
-    suffix: Annotated[int | None, _option("Tokens after the prompt.", "--suffix")] = None,
-    basis: Annotated[int | None, _option("N: basis vectors.", "--basis")] = None,
-    layout: Annotated[str | None, _option("shared or per_token.", "--layout")] = None,
-    scale: Annotated[float | None, _option("Factor on the tokens.", "--scale")] = None,
-    spread: Annotated[float | None, _option("Z starts within this bound.", "--spread")] = None,
-    learning_rate: Annotated[
-        float | None, _option("Adam's step size.", "--learning-rate", "--lr", setting="learning_rate")
-    ] = None,
-    decay: Annotated[float | None, _option("Factor on the learning rate.", "--decay")] = None,
-    decay_every: Annotated[int | None, _option("Updates between two decays.", "--decay-every")] = None,
-    max_grad_norm: Annotated[float | None, _option("Gradient clipping.", "--max-grad-norm")] = None,
-    batch_size: Annotated[int | None, _option("Candidates per step.", "--batch-size")] = None,
-    chunk: Annotated[int | None, _option("Most images per pipeline call.", "--chunk")] = None,
-    device: Annotated[str | None, _option("auto, cpu, cuda, cuda:1, mps.", "--device")] = None,
-    dtype: Annotated[str | None, _option("auto, float32, float16, bfloat16.", "--dtype")] = None,
     as_json: Json = False,
+    **settings: Any,
 ) -> None:
     """Searches for a better image of PROMPT."""
-    settings = {name: value for name, value in locals().items() if name not in ("prompt", "out", "as_json")}
     from ipgo_opt.config import configure
 
+    settings["strategy"] = strategy
     configure(prompt, **settings)  # complain before a directory is chosen, and before torch is imported
     from ipgo_opt.run import optimize
 
     given = {name: value for name, value in settings.items() if value is not None}
     _show(lambda reporter: optimize(prompt, out=out or _fresh_folder(prompt), reporter=reporter, **given), as_json)
+
+
+@app.command()
+@_with_settings("space")
+def compare(
+    prompts: Annotated[list[str], typer.Argument(help="What the images should show.", metavar="PROMPT...")],
+    strategies: Annotated[
+        str, typer.Option(help="Solvers, separated by commas: strategies, or seeds (best-of-n).")
+    ] = "gradient,bayes,cma,random,seeds",
+    repeats: Annotated[int, typer.Option(help="Runs per prompt and solver, on different seeds.")] = 1,
+    reference: Annotated[
+        str | None, typer.Option(help="Solver to compare with. [default: random, or the first]", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory; one that is there is continued. [default: runs/compare-PROMPT]", show_default=False
+        ),
+    ] = None,
+    as_json: Json = False,
+    **settings: Any,
+) -> None:
+    """Compares solvers on the same prompts, noise and number of images. Stopped, the same line continues it."""
+    from ipgo_opt.comparison import compare as compare_solvers
+    from ipgo_opt.comparison import plan
+    from ipgo_opt.display import Comparison
+
+    given = {"budget": 100} | {name: value for name, value in settings.items() if value is not None}
+    names = [name.strip() for name in strategies.split(",")]
+    folder = out or Path("runs") / f"compare-{_slug(prompts[0])}"
+    plan(prompts, names, folder, repeats=repeats, **given)
+    watcher = Comparison()
+    try:
+        made = compare_solvers(
+            prompts, names, out=folder, repeats=repeats, reference=reference, watcher=watcher, **given
+        )
+    finally:
+        watcher.stop()
+    if as_json:
+        print(json.dumps(made, ensure_ascii=False))
+    else:
+        watcher.show(made, folder)
 
 
 @app.command()
@@ -103,9 +176,14 @@ def resume(folder: Annotated[Path, typer.Argument(help="A run directory.")], as_
     _show(lambda reporter: resume_run(folder, reporter=reporter), as_json)
 
 
+def _slug(prompt: str) -> str:
+    """A prompt as the name of a directory."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "run"
+
+
 def _fresh_folder(prompt: str) -> Path:
     """runs/SLUG-N with the first N that is free."""
-    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "run"
+    slug = _slug(prompt)
     n = 0
     while (folder := Path("runs") / f"{slug}-{n}").exists():
         n += 1
@@ -151,7 +229,7 @@ def list_names(
         if kind in ("", title):
             print(title)
             for name, summary in names.items():
-                print(f"  {name:<12} {summary}")
+                print(f"  {name:<24} {summary}")
 
 
 @app.command()
@@ -188,6 +266,8 @@ def entry() -> None:
     except BadInput as problem:
         _fail(str(problem), 2)
     except IpgoError as problem:
+        if details := getattr(problem, "details", ""):
+            print(details, file=sys.stderr)
         _fail(str(problem), 1)
     except KeyboardInterrupt:
         _fail("stopped; `ipgo-opt resume DIR` continues.", 130)

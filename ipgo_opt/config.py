@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ipgo_opt.errors import BadInput
 from ipgo_opt.models import ModelSource, resolve
-from ipgo_opt.spaces import SPACES
+from ipgo_opt.spaces import BASES, SPACES
 from ipgo_opt.strategies import STRATEGIES
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class RunConfig:
         budget: images that the search may generate, the raw one included.
         seed: first search seed; also seeds the space and the strategy.
         search_seeds: seeds on which every candidate is scored; their mean counts.
+        seed_share: share of the budget spent on trying seeds with the raw prompt; the best `search_seeds` of them are
+            searched on (0: the first ones; 1: nothing but seeds, best-of-n).
         held_out: fresh seeds for the verdict, raw and optimized (0 to skip it).
         num_inference_steps: sampler steps T.
         guidance_scale: weight of classifier-free guidance.
@@ -46,7 +49,9 @@ class RunConfig:
         grad_steps: K, last steps that are differentiated.
         gamma: weight γ of the conformity penalty, equation (12).
         prefix, suffix: numbers of tokens M_pre and M_suf.
-        basis: number N of basis vectors.
+        basis: what E spans at the start: "random", "states" (principal directions of the encoder's states of its own
+            words) or the folder of a finished run, whose learned tokens come first.
+        basis_size: number N of basis vectors.
         layout: "shared" (equations 6, 7) or "per_token" (the released code's count of parameters).
         scale: factor on the inserted tokens.
         spread: Z starts uniform in [−spread, spread].
@@ -67,6 +72,7 @@ class RunConfig:
     budget: int = 51
     seed: int = 0
     search_seeds: int = 1
+    seed_share: float = 0.0
     held_out: int = 8
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
@@ -78,7 +84,8 @@ class RunConfig:
     gamma: float = 1e-3
     prefix: int = 10
     suffix: int = 10
-    basis: int = 30
+    basis: str = "random"
+    basis_size: int = 30
     layout: str = "shared"
     scale: float = 1.0
     spread: float = 1.0
@@ -91,11 +98,18 @@ class RunConfig:
     device: str = "auto"
     dtype: str = "auto"
 
+    @property
+    def tried_seeds(self) -> int:
+        """Seeds that the raw prompt is tried on; with a share for seeds, they get what does not fill a batch as well."""
+        tried = max(self.search_seeds, math.floor(self.seed_share * self.budget))
+        left_over = max(0, self.budget - tried) % (self.search_seeds * self.batch_size)
+        return tried + left_over * (self.seed_share > 0)
+
     def token_shape(self) -> TokenShape:
         """The shape of the token space."""
         from ipgo_opt.spaces.tokens import TokenShape
 
-        return TokenShape(self.prefix, self.suffix, self.basis, self.layout, self.scale, self.spread)
+        return TokenShape(self.prefix, self.suffix, self.basis_size, self.layout, self.scale, self.spread)
 
     def gradient_options(self) -> GradientOptions:
         """The settings of the gradient strategy."""
@@ -134,6 +148,16 @@ that a person agrees with, where aesthetics alone may be hacked.
 """
 
 
+BLACK_BOX_DEFAULTS: dict[str, Any] = {
+    "budget": 100, "batch_size": 4, "seed_share": 0.33, "basis": "states", "basis_size": 8, "prefix": 2, "suffix": 2,
+}  # fmt: skip
+"""What a strategy without gradients wants on every model: few coordinates that are worth searching (32 and 4 angles),
+candidates in batches, and a third of the budget for the seed, the strongest coordinate of all (docs/blackbox.md)."""
+
+BLACK_BOX_SCALES = {"emoji": 4.0}
+"""Factor on the tokens for black boxes, by model: the states of its text encoder are that large."""
+
+
 def configure(prompt: str, **given: Any) -> RunConfig:
     """A complete, checked configuration; settings that are absent or None take the model's default.
 
@@ -147,7 +171,16 @@ def configure(prompt: str, **given: Any) -> RunConfig:
     model = chosen.setdefault("model", "emoji")
     if not isinstance(model, str):
         raise BadInput(f"model must be a name, a folder or a hub id, but got {model!r}.")
-    config = RunConfig(prompt, **(MODEL_DEFAULTS.get(model, {}) | chosen))
+    defaults = dict(MODEL_DEFAULTS.get(model, {}))
+    if chosen.get("space") == "seeds":
+        defaults |= {"strategy": "random", "seed_share": 1.0}
+    elif chosen.get("strategy", "gradient") != "gradient":
+        defaults |= BLACK_BOX_DEFAULTS | {"scale": BLACK_BOX_SCALES.get(model, 1.0)}
+    config = RunConfig(prompt, **(defaults | chosen))
+    whole = isinstance(config.budget, int) and isinstance(config.search_seeds, int)
+    if "batch_size" not in chosen and whole and config.search_seeds > 0:  # a small budget has small batches
+        room = config.budget // config.search_seeds - 1
+        config = dataclasses.replace(config, batch_size=max(1, min(config.batch_size, room // 2)))
     check(config)
     return config
 
@@ -162,28 +195,30 @@ def _whole(config: RunConfig, **least: int) -> None:
 def check(config: RunConfig) -> ModelSource:
     """Raises BadInput unless the configuration can run; returns the resolved model."""
     from ipgo_opt.rewards import JUDGES
-    from ipgo_opt.rewards.base import parse
+    from ipgo_opt.rewards.base import prepare, shown
 
     if not isinstance(config.prompt, str) or not config.prompt.strip():
         raise BadInput(f"the prompt must not be empty, but got {config.prompt!r}.")
     _whole(
         config, budget=1, seed=0, search_seeds=1, held_out=0, num_inference_steps=1, height=0, width=0, grad_steps=1,
-        prefix=0, suffix=0, basis=1, decay_every=1, batch_size=1, chunk=1,
+        prefix=0, suffix=0, basis_size=1, decay_every=1, batch_size=1, chunk=1,
     )  # fmt: skip
-    for name in ("guidance_scale", "gamma", "scale", "spread", "learning_rate", "decay", "max_grad_norm"):
+    for name in ("guidance_scale", "seed_share", "gamma", "scale", "spread", "learning_rate", "decay", "max_grad_norm"):
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
             raise BadInput(f"`{name} >= 0` must hold for a finite number, but got {name}={value!r}.")
-    if config.seed + config.search_seeds > FIRST_HELD_OUT_SEED:
+    if config.seed_share > 1:
+        raise BadInput(f"`0 <= seed_share <= 1` must hold, but got seed_share={config.seed_share}.")
+    if config.seed + config.tried_seeds > FIRST_HELD_OUT_SEED:
         raise BadInput(
             f"search seeds must be below {FIRST_HELD_OUT_SEED} (later ones are held out), but got "
-            f"seed={config.seed}, search_seeds={config.search_seeds}."
+            f"seed={config.seed} and {config.tried_seeds} seeds to try."
         )
-    step = config.search_seeds * config.batch_size
-    if config.budget < config.search_seeds + step:
+    step = config.search_seeds * config.batch_size * (config.seed_share < 1)
+    if config.budget < config.tried_seeds + step:
         raise BadInput(
-            f"budget must pay for the raw prompt and one step, {config.search_seeds + step} images, but got "
-            f"budget={config.budget}."
+            f"budget must pay for the raw prompt on {config.tried_seeds} seeds and one step, "
+            f"{config.tried_seeds + step} images, but got budget={config.budget}."
         )
     if config.grad_steps > config.num_inference_steps:
         raise BadInput(
@@ -198,19 +233,27 @@ def check(config: RunConfig) -> ModelSource:
             "more images per update: search_seeds."
         )
     named = not config.reward.startswith("object:")  # otherwise it was passed to ipgo_opt.optimize as an object
-    if named:
-        parse(config.reward)
+    reward = prepare(config.reward) if named else None
+    if reward is not None and config.strategy == "gradient" and not reward.differentiable:
+        raise BadInput(f"strategy 'gradient' needs a differentiable reward, but {shown(config.reward)} is not.")
     if config.judge != "none":
         JUDGES.check(config.judge)
     config.token_shape().check()
+    check_basis(config)
     config.gradient_options()
     check_device(config.device, config.dtype)
     source = resolve(config.model)
-    if not source.embedded and (named or config.judge != "none"):
+    foreign = (reward is not None and not reward.any_model) or config.judge != "none"
+    if not source.embedded and foreign:
         raise BadInput(
             f"the rewards and the judge of this version know the embedded model's world only, but got reward="
-            f"{config.reward}, judge={config.judge}, model={config.model!r}; with another model, pass a reward object "
-            "to ipgo_opt.optimize."
+            f"{shown(config.reward)}, judge={config.judge}, model={config.model!r}; with another model, pass an object "
+            "to ipgo_opt.optimize, a function (file.py:function) or an address."
+        )
+    if config.space == "seeds" and (config.strategy != "random" or config.seed_share != 1):
+        raise BadInput(
+            f"the space of seeds has nothing else to search (strategy random, seed_share 1), but got "
+            f"strategy={config.strategy!r}, seed_share={config.seed_share}."
         )
     if config.scheduler:
         import diffusers
@@ -218,6 +261,19 @@ def check(config: RunConfig) -> ModelSource:
         if not hasattr(getattr(diffusers, config.scheduler, None), "set_timesteps"):
             raise BadInput(f"scheduler must be a scheduler class of diffusers, but got {config.scheduler!r}.")
     return source
+
+
+def check_basis(config: RunConfig) -> None:
+    """Raises BadInput unless `basis` is a name or the folder of a finished token run on the same model."""
+    from ipgo_opt.store import read_best
+
+    if config.basis in BASES:
+        return
+    if not Path(config.basis, "run.json").is_file():
+        raise BadInput(f"basis must be {', '.join(BASES)} or the folder of a finished run, but got {config.basis!r}.")
+    model = read_best(Path(config.basis))[1].get("model")
+    if model != config.model:
+        raise BadInput(f"the run that `basis` names must be on the model {config.model!r}, but it is on {model!r}.")
 
 
 def check_device(device: str, dtype: str) -> tuple[str, str]:

@@ -14,8 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ipgo_opt.report import rows
+from ipgo_opt.rewards.base import shown
 
 if TYPE_CHECKING:
+    from ipgo_opt.comparison import Cell
     from ipgo_opt.config import RunConfig
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -55,7 +57,7 @@ class Display:
         self.config, self.history = config, list(history)
         again = f", continued after {len(history)} images" if history else ""
         self.console.print(
-            f"{config.prompt!r}: {config.space} × {config.strategy} on {config.model}, reward {config.reward}, "
+            f"{config.prompt!r}: {config.space} × {config.strategy} on {config.model}, reward {shown(config.reward)}, "
             f"{config.budget} images{again}",
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
@@ -141,3 +143,84 @@ class Display:
                 "look at the image, the reward may have been hacked.",
                 style="yellow", highlight=False,
             )  # fmt: skip
+
+
+class Comparison:
+    """A watcher of a comparison on a console: a bar, a line for each finished run, and the tables at the end.
+
+    Args:
+        console: where it is shown; defaults to standard error.
+
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self.progress: Progress | None = None
+
+    def running(self, cell: Cell, done: int, total: int) -> None:
+        """Shows which run is under way."""
+        if not self.console.is_terminal:
+            return
+        if self.progress is None:
+            self.progress = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                console=self.console, transient=True,
+            )  # fmt: skip
+            self.task = self.progress.add_task("", total=total)
+            self.progress.start()
+        self.progress.update(self.task, completed=done, description=f"{cell.solver}: {cell.prompt}")
+
+    def finished(self, cell: Cell, entry: dict[str, Any]) -> None:
+        """A line for a finished run."""
+        self.console.print(
+            f"{cell.prompt!r} {cell.solver} {cell.repeat}: {_number(entry['raw'])} to {_number(entry['best'])}, "
+            f"held out {_number(entry['held_out_raw'])} to {_number(entry['held_out'])}, {entry['images']} images, "
+            f"{entry['seconds']:.0f} s",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+
+    def stop(self) -> None:
+        """Closes the bar."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+    def show(self, made: dict[str, Any], folder: Path) -> None:
+        """The table and the paired differences."""
+        budget, reference = made["budget"], made["reference"]
+        table = Table(title=f"means over runs, {budget} images each", title_justify="left")
+        columns = {
+            f"best at {budget // 4}": "best_at_25%", f"at {budget // 2}": "best_at_50%", f"at {budget}": "best",
+            "gain": "gain", "held out": "held_out", "± sd": "held_out_sd", "judge": "judge", "images": "images",
+            "denoiser calls": "denoiser_calls", "seconds": "seconds", "peak MiB": "peak_memory_mib",
+        }  # fmt: skip
+        table.add_column("solver")
+        for column in columns:
+            table.add_column(column, justify="right")
+        for row in made["table"]:
+            cells = [
+                "–" if row[name] is None else f"{row[name]:.0f}" if index > 6 else f"{row[name]:.4f}"
+                for index, name in enumerate(columns.values())
+            ]
+            table.add_row(row["solver"], *cells)
+        if made["table"]:
+            first = made["table"][0]
+            table.add_section()
+            raw = {"held_out": "held_out_raw", "judge": "judge_raw", "best": "raw"}
+            table.add_row("raw prompt", *(_number(first[raw[n]]) if n in raw else "" for n in columns.values()))
+        self.console.print(table)
+        if made["differences"]:
+            table = Table(title=f"minus {reference}, prompt by prompt [95 % bootstrap interval]", title_justify="left")
+            for column in ("solver", "search reward", "held-out reward", "judge"):
+                table.add_column(column)
+            for solver, fields in made["differences"].items():
+                table.add_row(solver, *(_difference(fields[name]) for name in ("best", "held_out", "judge")))
+            self.console.print(table)
+        self.console.print(f"{folder}/compare.json, compare.csv, compare.png, sheet.png", markup=False, soft_wrap=True)
+
+
+def _difference(value: dict[str, Any]) -> str:
+    if value["mean"] is None:
+        return "–"
+    bounds = value["interval"]
+    return f"{value['mean']:+.4f}" + (f" [{bounds[0]:+.4f}, {bounds[1]:+.4f}]" if bounds else "")

@@ -7,6 +7,8 @@ import html
 from pathlib import Path
 from typing import Any
 
+from ipgo_opt.rewards.base import shown
+
 STYLE = """
 :root { color-scheme: light dark }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
@@ -55,6 +57,8 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         return "–" if value is None else f"{value:.4f}"
 
     out = [("reward on the search seeds", number(result["raw_reward"]), number(result["search_reward"]))]
+    if result["seeds"] != list(range(result["seed"], result["seed"] + len(result["seeds"]))):
+        out.insert(0, ("raw prompt on the first and on the chosen seed", out[0][1], number(result["seed_reward"])))
     held_out = result["held_out"]
     if held_out:
         label = f"reward on {held_out['n']} fresh seeds (mean ± sd)"
@@ -81,12 +85,15 @@ def report_html(run: dict[str, Any], history: list[dict[str, Any]], folder: Path
 
     table = "".join(f"<tr><td>{html.escape(a)}</td><td>{b}</td><td>{c}</td></tr>" for a, b, c in rows(result))
     settings = "".join(f"<tr><td>{k}</td><td>{html.escape(str(v))}</td></tr>" for k, v in config.items())
+    seed = result["seeds"][0]
+    chosen = "optimized, same seed" if seed == result["seed"] else f"optimized, seed {seed}"
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(config["prompt"])}</title>
 <meta name="viewport" content="width=device-width"><style>{STYLE}</style>
 <h1>{html.escape(config["prompt"])}</h1>
-<p>{html.escape(config["model"])} · {config["space"]} × {config["strategy"]} · reward {html.escape(config["reward"])} ·
-{result["images"]} images, {result["denoiser_calls"]} denoiser calls, {result["seconds"]:.0f} s</p>
-{figure("raw.png", "raw prompt")}{figure("best.png", "optimized, same seed")}
+<p>{html.escape(config["model"])} · {config["space"]} × {config["strategy"]} · reward
+{html.escape(shown(config["reward"]))} · {result["images"]} images, {result["denoiser_calls"]} denoiser calls,
+{result["seconds"]:.0f} s</p>
+{figure("raw.png", "raw prompt")}{figure("best.png", chosen)}
 <table><tr><th></th><th>raw</th><th>optimized</th></tr>{table}</table>
 {curve(history)}
 <details><summary>settings</summary><table>{settings}</table></details>

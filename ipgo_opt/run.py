@@ -1,4 +1,4 @@
-"""The run: ask, evaluate, tell, record, checkpoint. The only place where space, sampler, reward and strategy meet."""
+"""A run from a configuration to its verdict: `optimize`, `resume`, and the place where all parts are put together."""
 
 from __future__ import annotations
 
@@ -9,24 +9,28 @@ import platform
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ipgo_opt import __version__
-from ipgo_opt.conditioning import Conditioning
 from ipgo_opt.config import FIRST_HELD_OUT_SEED, RunConfig, check, check_device, configure
 from ipgo_opt.errors import BadInput, RunFailed
-from ipgo_opt.models import load, resolve
-from ipgo_opt.rewards import JUDGES, REWARDS
-from ipgo_opt.rewards.base import Reward, Term, WeightedSum, parse
+from ipgo_opt.loop import Loop, Reporter, finite
+from ipgo_opt.models import load_pipeline, make_sampler, resolve
+from ipgo_opt.objective import Evaluation, Objective
+from ipgo_opt.rewards import JUDGES
+from ipgo_opt.rewards.base import Reward, RewardFailed, Term, WeightedSum, prepare, shown
+from ipgo_opt.rewards.custom import from_object
 from ipgo_opt.spaces import SPACES
-from ipgo_opt.store import FORMAT, Store, check_out, read_run, to_pil
+from ipgo_opt.spaces.directions import learned, principal
+from ipgo_opt.store import FORMAT, Store, check_out, read_best, read_run, to_pil
 from ipgo_opt.strategies import STRATEGIES
 from ipgo_opt.strategies.base import Problem, Strategy
 
@@ -34,33 +38,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ipgo_opt.models.sampler import Sampler
-
-MOST_FAILURES = 10
-"""Evaluations in a row without a finite reward after which a run gives up."""
-
-
-class Reporter(Protocol):
-    """Is told what happens; the command line's display is one."""
-
-    def started(self, config: RunConfig, out: Path, history: list[dict[str, Any]]) -> None:
-        """The search begins or goes on after `history`."""
-        ...
-
-    def evaluated(self, record: dict[str, Any]) -> None:
-        """An image was scored."""
-        ...
-
-    def judging(self, done: int, total: int) -> None:
-        """`done` of `total` images of the verdict are made."""
-        ...
-
-    def warned(self, message: str) -> None:
-        """Something that the user should know and that does not stop the run."""
-        ...
-
-    def finished(self, summary: dict[str, Any]) -> None:
-        """The run is over."""
-        ...
 
 
 class Silence:
@@ -149,28 +126,31 @@ class Result:
 def optimize(
     prompt: str,
     *,
-    reward: str | Reward | None = None,
-    strategy: str = "gradient",
-    space: str = "tokens",
+    reward: str | Reward | Callable[..., Any] | None = None,
+    strategy: str | None = None,
+    space: str | None = None,
     model: str = "emoji",
     budget: int | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     reporter: Reporter | None = None,
+    loaded: dict[Any, Any] | None = None,
     **settings: Any,
 ) -> Result:
     """Finds a better image for a prompt without touching the model.
 
     Args:
         prompt: what the image should show.
-        reward: a name, a weighted sum ("clip+0.2*aesthetic"), or an object with the Reward contract; larger is better.
-        strategy: who searches, as `ipgo-opt list` names it.
-        space: what is searched, likewise.
+        reward: a specification ("clip+0.2*aesthetic", "judge.py:score"), a function of images and prompts, or an object
+            with the Reward contract; larger is better.
+        strategy: who searches, as `ipgo-opt list` names it; "gradient" if it is not given.
+        space: what is searched, likewise; "tokens" if it is not given.
         model: a name, a diffusers folder or a hub id.
         budget: images that the search may generate, the raw one included.
         seed: of the noise, the space and the strategy.
         out: the run directory; without it the run lives in a temporary one until `Result.save`.
         reporter: is told what happens.
+        loaded: models and rewards that earlier runs have loaded; pass the same dict to several runs.
         settings: any other field of RunConfig.
 
     Raises:
@@ -178,20 +158,18 @@ def optimize(
         RunFailed: the run could not go on; `resume` may.
 
     """
-    custom = None if reward is None or isinstance(reward, str) else reward
+    custom = None if reward is None or isinstance(reward, str) else from_object(reward)
     if isinstance(reward, str) and reward.startswith("object:"):
         raise BadInput(f"reward must be a name or a weighted sum, but got {reward!r}.")
-    if custom is not None and not hasattr(custom, "differentiable"):
-        raise BadInput(f"a reward object must say whether it is `differentiable`, but {custom!r} does not.")
     if custom is not None:
-        reward = f"object:{type(custom).__name__}"
+        reward = custom.name
     config = configure(
         prompt, reward=reward, strategy=strategy, space=space, model=model, budget=budget, seed=seed, **settings
     )
     temporary = tempfile.TemporaryDirectory(prefix="ipgo-opt-") if out is None else None
     folder = Path(out) if out is not None else Path(temporary.name)  # type: ignore[union-attr]
     check_out(folder)
-    parts = _prepare(config, custom)
+    parts = _prepare(config, custom, {} if loaded is None else loaded)
     store = Store(folder)
     try:
         store.write_json("run.json", _run_json(config, "running"))
@@ -200,13 +178,20 @@ def optimize(
         store.close()
 
 
-def resume(folder: str | Path, *, reward: Reward | None = None, reporter: Reporter | None = None) -> Result:
+def resume(
+    folder: str | Path,
+    *,
+    reward: Reward | Callable[..., Any] | None = None,
+    reporter: Reporter | None = None,
+    loaded: dict[Any, Any] | None = None,
+) -> Result:
     """Continues a run that was stopped; on the CPU it ends as if it never had been.
 
     Args:
         folder: the run directory.
         reward: the reward object again, if the run was started with one.
         reporter: is told what happens.
+        loaded: as in `optimize`.
 
     """
     run = read_run(Path(folder))
@@ -219,9 +204,11 @@ def resume(folder: str | Path, *, reward: Reward | None = None, reporter: Report
     if config.reward.startswith("object:") and reward is None:
         raise BadInput(f"the run was started with the reward object {config.reward[7:]}; pass it to resume.")
     check(config)
+    custom = None if reward is None else from_object(reward)
     store = Store(Path(folder))
     try:
-        return _execute(config, store, reporter or Silence(), _prepare(config, reward))
+        parts = _prepare(config, custom, {} if loaded is None else loaded)
+        return _execute(config, store, reporter or Silence(), parts)
     finally:
         store.close()
 
@@ -242,161 +229,6 @@ def _run_json(config: RunConfig, status: str, result: dict[str, Any] | None = No
     }
 
 
-@dataclass
-class Evaluation:
-    """Images and scores of q candidates on S seeds.
-
-    `images` (q·S, 3, H, W); `scores` (q, S) and each of `parts`, `judge` likewise; `value` (q,) what the solver
-    maximizes; `gradient` (q, D) of it, if asked for.
-    """
-
-    images: Tensor
-    scores: Tensor
-    parts: dict[str, Tensor]
-    judge: Tensor | None
-    penalty: Tensor
-    value: Tensor
-    gradient: Tensor | None
-
-
-class Objective:
-    """Points in, images and scores out: `value = mean reward over the seeds − γ · penalty`, equation (12).
-
-    Args:
-        config: the run's configuration.
-        sampler: makes the images.
-        reward: scores them.
-        judge: a second opinion, or None.
-        space: turns points into conditionings.
-        full: which view of the space the points belong to.
-
-    """
-
-    def __init__(
-        self, config: RunConfig, sampler: Sampler, reward: WeightedSum, judge: Reward | None, space: Any, full: bool
-    ) -> None:
-        self.config, self.sampler, self.reward, self.judge = config, sampler, reward, judge
-        self.space, self.full = space, full
-        self.conditioning = sampler.encode(config.prompt)
-
-    def applied(self, x: Tensor | None) -> tuple[Conditioning, Tensor]:
-        """Conditioning and penalty (q,) of points x (q, D); None is the raw prompt."""
-        if x is None:
-            return self.conditioning, torch.zeros(1)
-        conditioning, penalty = self.space.apply(x, self.conditioning, full=self.full)
-        return conditioning, penalty
-
-    def __call__(self, x: Tensor | None, seeds: list[int], *, gradient: bool = False) -> Evaluation:
-        """Evaluates points x (q, D), or the raw prompt, on every seed."""
-        leaf = x.detach().clone().requires_grad_() if gradient and x is not None else x
-        with torch.set_grad_enabled(gradient):
-            conditioning, penalty = self.applied(leaf)
-            q = len(conditioning)
-            images = self.sampler.generate(conditioning.repeat(len(seeds)), seeds * q, gradient=gradient)
-            prompts = [self.config.prompt] * len(images)
-            parts = self.reward.parts(images, prompts)
-            scores = self.reward.total(parts).view(q, len(seeds))
-            value = scores.mean(1) - self.config.gamma * penalty.to(scores)
-        slope = None
-        if gradient and leaf is not None:
-            (slope,) = torch.autograd.grad(value.sum(), leaf)
-        with torch.no_grad():
-            judged = None if self.judge is None else self.judge(images.detach(), prompts).view(q, -1).cpu()
-        return Evaluation(
-            images.detach(),
-            scores.detach().float().cpu(),
-            {name: part.detach().float().view(q, -1).cpu() for name, part in parts.items()},
-            judged,
-            penalty.detach().float().cpu(),
-            value.detach().float().cpu(),
-            slope,
-        )
-
-
-class _Loop:
-    """State of the search: what a checkpoint holds, and the files that go with it."""
-
-    def __init__(self, config: RunConfig, store: Store, reporter: Reporter, objective: Objective) -> None:
-        self.config, self.store, self.reporter, self.objective = config, store, reporter, objective
-        self.seeds = list(range(config.seed, config.seed + config.search_seeds))
-        self.history: list[dict[str, Any]] = []
-        self.evaluation = self.failures = 0
-        self.seconds = 0.0
-        self.raw = self.best = -math.inf
-        self.worst = math.inf
-        self.best_x: Tensor | None = None  # None is the raw prompt
-        self.started = time.monotonic()
-
-    def record(self, x: Tensor | None, made: Evaluation) -> None:
-        """Writes an evaluation to the history and keeps the best candidate."""
-        seconds = round(self.seconds + time.monotonic() - self.started, 3)
-        records: list[dict[str, Any]] = []
-        for k in range(len(made.scores)):
-            reward = float(made.scores[k].mean())
-            finite = math.isfinite(reward)
-            if finite and reward > self.best:
-                self.best, self.best_x = reward, None if x is None else x[k].clone()
-                self.store.write_image("best.png", made.images[k * len(self.seeds)])
-            for s, seed in enumerate(self.seeds):
-                score = float(made.scores[k, s])
-                entry = {
-                    "image": len(self.history) + len(records),
-                    "evaluation": self.evaluation,
-                    "candidate": k,
-                    "seed": seed,
-                    "reward": score if math.isfinite(score) else None,
-                    "parts": {name: _finite(part[k, s]) for name, part in made.parts.items()},
-                    "judge": None if made.judge is None else _finite(made.judge[k, s]),
-                    "penalty": _finite(made.penalty[k]),
-                    "best": _finite(self.best),
-                    "seconds": seconds,
-                }
-                records.append(entry)
-        self.failures = 0 if bool(made.scores.mean(1).isfinite().any()) else self.failures + 1
-        self.history += records
-        self.evaluation += 1
-        self.store.append_history(records)
-        for entry in records:
-            self.reporter.evaluated(entry)
-        if self.failures >= MOST_FAILURES:
-            raise RunFailed(f"the reward gave no finite score in {self.failures} evaluations in a row.")
-
-    def told(self, made: Evaluation) -> tuple[Tensor, Tensor | None]:
-        """Values and gradients fit to be told: a failed evaluation counts as the worst value seen, without slope."""
-        good = made.value.isfinite()
-        if made.gradient is not None:
-            good &= made.gradient.isfinite().all(1)
-        if bool(good.any()):
-            self.worst = min(self.worst, float(made.value[good].min()))
-        value = torch.where(good, made.value, torch.tensor(self.worst if math.isfinite(self.worst) else 0.0))
-        gradient = made.gradient
-        if gradient is not None:
-            gradient = torch.where(good[:, None], gradient, torch.zeros_like(gradient))
-        return value, gradient
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the next evaluation depends on."""
-        sampler = self.objective.sampler
-        return {
-            "lines": len(self.history), "evaluation": self.evaluation, "failures": self.failures,
-            "raw": self.raw, "best": self.best, "best_x": self.best_x, "worst": self.worst,
-            "seconds": self.seconds + time.monotonic() - self.started,
-            "images": sampler.images, "denoiser_calls": sampler.denoiser_calls,
-        }  # fmt: skip
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores `state_dict` and cuts the history back to it."""
-        self.history = self.store.cut_history(state["lines"])
-        self.evaluation, self.failures = state["evaluation"], state["failures"]
-        self.raw, self.best, self.best_x, self.worst = state["raw"], state["best"], state["best_x"], state["worst"]
-        self.seconds = state["seconds"]
-        self.objective.sampler.images, self.objective.sampler.denoiser_calls = state["images"], state["denoiser_calls"]
-
-
-def _finite(value: Any) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
 class _Parts(NamedTuple):
     strategy: Any
     reward: WeightedSum
@@ -405,27 +237,44 @@ class _Parts(NamedTuple):
     space: Any
 
 
-def _reward(config: RunConfig, device: str, custom: Reward | None) -> WeightedSum:
-    if custom is not None:
-        return WeightedSum([Term(1.0, config.reward)], [custom])
-    terms = parse(config.reward)
-    return WeightedSum(terms, [REWARDS.load(term.name)(device) for term in terms])
+def _prepare(config: RunConfig, custom: Reward | None, loaded: dict[Any, Any]) -> _Parts:
+    """Loads everything that a run is made of and that `loaded` has not yet; writes nothing."""
 
+    def once(make: Callable[..., Any], *made_of: Any) -> Any:
+        key = (make, *made_of)
+        if key not in loaded:
+            loaded[key] = make(*made_of)
+        return loaded[key]
 
-def _prepare(config: RunConfig, custom: Reward | None) -> _Parts:
-    """Loads everything that a run is made of; writes nothing."""
     strategy_class = STRATEGIES.load(config.strategy)
-    if strategy_class.uses_gradient and custom is not None and not custom.differentiable:
-        raise BadInput(f"strategy {config.strategy!r} needs a differentiable reward, but {config.reward} is not.")
     device, dtype = check_device(config.device, config.dtype)
-    reward = _reward(config, device, custom)
-    judge = None if config.judge == "none" else JUDGES.load(config.judge)(device)
-    source = resolve(config.model)
-    sampler = load(
-        source, config.sampler_settings, device=device, dtype=dtype, scheduler=config.scheduler, chunk=config.chunk
-    )
-    space = SPACES.load(config.space)(sampler.width, config.token_shape(), config.seed)
+    reward = once(_reward, config.reward, device) if custom is None else WeightedSum([Term(1, config.reward)], [custom])
+    if strategy_class.uses_gradient and not reward.differentiable:
+        raise BadInput(
+            f"strategy {config.strategy!r} needs a differentiable reward, but {shown(config.reward)} is not."
+        )
+    judge = None if config.judge == "none" else once(JUDGES.load(config.judge), device)
+    pipeline = once(load_pipeline, resolve(config.model), device, dtype)
+    sampler = make_sampler(pipeline, config.sampler_settings, scheduler=config.scheduler, chunk=config.chunk)
+    space = SPACES.load(config.space)(sampler.width, config.token_shape(), config.seed, _directions(config, sampler))
     return _Parts(strategy_class, reward, judge, sampler, space)
+
+
+def _reward(spec: str, device: str) -> WeightedSum:
+    return prepare(spec).load(device)
+
+
+def _directions(config: RunConfig, sampler: Sampler) -> dict[str, Tensor] | None:
+    """What the bases of the tokens span at the start; None for a random subspace."""
+    if config.basis == "random":
+        return None
+    if config.basis == "states":
+        found = principal(sampler.word_states(), sampler.width)
+        return {"prefix": found, "suffix": found}
+    tensors, _ = read_best(Path(config.basis))
+    sides = [side for side in ("prefix", "suffix") if side in tensors]
+    made = {side: learned(tensors[side], tensors[f"basis.{side}"]) for side in sides}
+    return {side: made.get(side, made[sides[0]]) for side in ("prefix", "suffix")}
 
 
 def _execute(
@@ -442,15 +291,15 @@ def _execute(
     else:
         store.write_tensors("space.safetensors", space.state_dict())
     coordinates = space.coordinates(full=full)
-    steps = (config.budget - config.search_seeds) // (config.search_seeds * config.batch_size)
+    steps = (config.budget - config.tried_seeds) // (config.search_seeds * config.batch_size)
     problem = Problem(
-        coordinates.start, coordinates.lower, coordinates.upper, steps * config.batch_size, config.batch_size,
+        coordinates.start, coordinates.lower, coordinates.upper, max(steps, 1) * config.batch_size, config.batch_size,
         config.seed,
     )  # fmt: skip
     options = [config.gradient_options()] if config.strategy == "gradient" else []
     strategy: Strategy = strategy_class(problem, *options)
 
-    loop = _Loop(config, store, reporter, Objective(config, sampler, reward, judge, space, full))
+    loop = Loop(config, store, reporter, Objective(config, sampler, reward, judge, space, full))
     state = store.load_checkpoint()
     if state is None:
         store.cut_history(0)
@@ -461,10 +310,15 @@ def _execute(
     tokens, limit = sampler.token_count(config.prompt)
     if tokens > limit:
         reporter.warned(f"the prompt has {tokens} tokens; the model's text encoder reads the first {limit}.")
-    _search(loop, strategy, steps)
-    if not math.isfinite(loop.best):
-        raise RunFailed("the reward gave no finite score for any image.")
-    summary = _verdict(loop, reward, judge)
+    try:
+        loop.search(strategy, steps)
+        if not math.isfinite(loop.best):
+            raise RunFailed("the reward gave no finite score for any image.")
+        summary = _verdict(loop, reward, judge)
+    except RewardFailed as failed:
+        if failed.image is not None:
+            store.write_image("failed.png", failed.image)
+        raise
     _write_best(loop, space)
     from ipgo_opt.report import report_html
 
@@ -475,24 +329,7 @@ def _execute(
     return Result(summary, loop.history, store.folder, temporary)
 
 
-def _search(loop: _Loop, strategy: Strategy, steps: int) -> None:
-    """The loop of the package: the raw prompt first, then ask, evaluate, tell, record, checkpoint."""
-    if loop.evaluation == 0:
-        made = loop.objective(None, loop.seeds)
-        loop.store.write_image("raw.png", made.images[0])
-        loop.record(None, made)
-        loop.raw = float(made.scores.mean())
-        loop.store.save_checkpoint(loop.state_dict() | {"strategy": strategy.state_dict()})
-    while loop.evaluation <= steps:
-        x = strategy.ask()
-        made = loop.objective(x, loop.seeds, gradient=strategy.uses_gradient)
-        loop.record(x, made)
-        value, gradient = loop.told(made)
-        strategy.tell(x, value, gradient)
-        loop.store.save_checkpoint(loop.state_dict() | {"strategy": strategy.state_dict()})
-
-
-def _verdict(loop: _Loop, reward: WeightedSum, judge: Reward | None) -> dict[str, Any]:
+def _verdict(loop: Loop, reward: WeightedSum, judge: Reward | None) -> dict[str, Any]:
     """Search reward beside held-out reward and judge, on seeds that the search never used."""
     config, objective, sampler = loop.config, loop.objective, loop.objective.sampler
     searched = {"images": sampler.images, "denoiser_calls": sampler.denoiser_calls}
@@ -512,10 +349,10 @@ def _verdict(loop: _Loop, reward: WeightedSum, judge: Reward | None) -> dict[str
         scores = {name: torch.cat([made.scores[0] for made in side]) for name, side in sides.items()}
         held_out = {"n": config.held_out}
         for prefix, name in (("", "best"), ("raw_", "raw")):
-            held_out[f"{prefix}mean"] = _finite(scores[name].mean())
-            held_out[f"{prefix}sd"] = _finite(scores[name].std()) if config.held_out > 1 else 0.0
+            held_out[f"{prefix}mean"] = finite(scores[name].mean())
+            held_out[f"{prefix}sd"] = finite(scores[name].std()) if config.held_out > 1 else 0.0
         held_out["parts"] = {
-            f"{prefix}{term.name}": _finite(torch.cat([made.parts[term.name][0] for made in sides[name]]).mean())
+            f"{prefix}{term.name}": finite(torch.cat([made.parts[term.name][0] for made in sides[name]]).mean())
             for prefix, name in (("", "best"), ("raw_", "raw"))
             for term in reward.terms
         }
@@ -534,11 +371,13 @@ def _verdict(loop: _Loop, reward: WeightedSum, judge: Reward | None) -> dict[str
         "model": config.model,
         "space": config.space,
         "strategy": config.strategy,
-        "reward": config.reward,
+        "reward": shown(config.reward),
         "seed": config.seed,
         **searched,
         "seconds": round(loop.seconds + time.monotonic() - loop.started, 2),
-        "raw_reward": _finite(loop.raw),
+        "raw_reward": finite(loop.raw),
+        "seeds": loop.seeds,
+        "seed_reward": finite(loop.seed_reward),
         "search_reward": loop.best,
         "held_out": held_out,
         "judge": verdict,
@@ -547,7 +386,7 @@ def _verdict(loop: _Loop, reward: WeightedSum, judge: Reward | None) -> dict[str
     }
 
 
-def _write_best(loop: _Loop, space: Any) -> None:
+def _write_best(loop: Loop, space: Any) -> None:
     """best.safetensors: the tokens and the embeddings that a diffusers pipeline takes as they are."""
     config, objective = loop.config, loop.objective
     x = None if loop.best_x is None else loop.best_x[None]
@@ -557,8 +396,7 @@ def _write_best(loop: _Loop, space: Any) -> None:
         if conditioning.negative_prompt_embeds is not None:
             tensors["negative_prompt_embeds"] = conditioning.negative_prompt_embeds
         if x is not None:
-            tensors["x"] = x[0]
-            tensors |= {name: V[0] for name, V in space.tokens(x, full=objective.full).items()}
+            tensors |= {"x": x[0], **space.learned(x[0], full=objective.full)}
     settings = objective.sampler.settings
     metadata = {
         "format": "ipgo-opt conditioning 1",
@@ -570,8 +408,8 @@ def _write_best(loop: _Loop, space: Any) -> None:
         "guidance_scale": settings.guidance_scale,
         "height": settings.height,
         "width": settings.width,
-        "seed": config.seed,
-        "reward": config.reward,
+        "seed": loop.seeds[0],
+        "reward": shown(config.reward),
         "ipgo_opt": __version__,
     }
     loop.store.write_tensors("best.safetensors", tensors, {key: str(value) for key, value in metadata.items()})

@@ -119,6 +119,10 @@ class Store:
         """Writes a text file."""
         self._replace(name, text.encode())
 
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Writes a file."""
+        self._replace(name, data)
+
     def write_image(self, name: str, image: Tensor) -> None:
         """Writes an image (3, H, W) in [0, 1] as PNG."""
         import io
@@ -134,11 +138,7 @@ class Store:
 
     def read_tensors(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Tensors and metadata of a safetensors file; BadInput if it is damaged."""
-        try:
-            with safe_open(str(self.folder / name), "pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise BadInput(f"{str(self.folder / name)!r} can't be read: {error}") from None
+        return _read_tensors(self.folder / name)
 
     def append_history(self, records: list[dict[str, Any]]) -> None:
         """Adds lines to history.jsonl."""
@@ -173,6 +173,22 @@ class Store:
         tensors, metadata = self.read_tensors("checkpoint.safetensors")
         state: dict[str, Any] = unpack(json.loads(metadata["state"]), tensors)
         return state
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(str(path), "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{str(path)!r} can't be read: {error}") from None
+
+
+def read_best(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What a finished run found: best.safetensors and its metadata; BadInput if it found no tokens."""
+    tensors, metadata = _read_tensors(folder / "best.safetensors")
+    if not any(name.startswith("basis.") for name in tensors):
+        raise BadInput(f"the run in {str(folder)!r} found no tokens: its best image is the raw prompt's.")
+    return tensors, metadata
 
 
 def read_run(folder: Path) -> dict[str, Any]:

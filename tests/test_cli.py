@@ -254,7 +254,7 @@ def test_a_wrong_command_line_is_exit_code_2(command, arguments):
 
 def test_a_run_of_another_model_needs_a_reward_object(command, tiny_folder):
     """The embedded rewards know the embedded model's world only."""
-    code, out, err = command(*FOX, "--model", str(tiny_folder), "--scheduler", "", "--basis", "4", "--budget", "3")
+    code, out, err = command(*FOX, "--model", str(tiny_folder), "--scheduler", "", "--basis-size", "4", "--budget", "3")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "pass a reward object" in err
 

@@ -200,7 +200,7 @@ def test_search_pays(tmp_path):
     assert configure(PROMPT).reward == "clip+0.2*aesthetic"
 
 
-@pytest.mark.parametrize("wrong", [{"basis": 129}, {"reward": "object:Redness"}], ids=str)
+@pytest.mark.parametrize("wrong", [{"basis_size": 129}, {"reward": "object:Redness"}], ids=str)
 def test_rules_that_only_this_model_breaks(tmp_path, wrong):
     """Are bad input as well, and leave nothing behind."""
     with pytest.raises(BadInput):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +20,9 @@ from transformers import CLIPModel, CLIPProcessor
 from ipgo_opt.errors import BadInput
 from ipgo_opt.rewards import REWARDS
 from ipgo_opt.rewards.aesthetic import AestheticHead, AestheticReward
-from ipgo_opt.rewards.base import Term, WeightedSum, parse
+from ipgo_opt.rewards.base import Reward, Term, WeightedSum, parse, prepare, shown
 from ipgo_opt.rewards.clip import ClipEncoder, ClipReward
+from ipgo_opt.rewards.custom import from_object, reward
 from ipgo_opt.store import to_pil
 
 PROMPTS = ["a fox", "two rockets on a purple background", "a fox and a rocket at night, neon"]
@@ -38,10 +41,51 @@ LAION = (768, 1024, 128, 64, 16, 1)
         ("clip+-0.5*aesthetic", [(1, "clip"), (-0.5, "aesthetic")]),
         ("1e-3*clip", [(0.001, "clip")]),
         ("3*aesthetic+2*clip", [(3, "aesthetic"), (2, "clip")]),
+        ("jpeg-compressibility+-2*clip", [(1, "jpeg-compressibility"), (-2, "clip")]),
+        ("judge.py:score", [(1, "judge.py:score")]),
+        ("clip + 0.5 * judge.py:score", [(1, "clip"), (0.5, "judge.py:score")]),
+        ("a/my judge.py:score+b.c:d_1", [(1, "a/my judge.py:score"), (1, "b.c:d_1")]),
+        (r"2*C:\rewards\judge.py:score+clip", [(2, r"C:\rewards\judge.py:score"), (1, "clip")]),
+        ("/c++/judge.py:score+clip", [(1, "/c++/judge.py:score"), (1, "clip")]),
+        ("clip+./a+b.py:score", [(1, "clip"), (1, "./a+b.py:score")]),
+        ("clip+2*./c*+/judge.py:score", [(1, "clip"), (2, "./c*+/judge.py:score")]),
+        ("judge.py:a+judge.py:b", [(1, "judge.py:a"), (1, "judge.py:b")]),
+        ("klasse:größe", [(1, "klasse:größe")]),
     ],
 )
 def test_specifications_are_read(spec, terms):
     assert parse(spec) == tuple(Term(weight, name) for weight, name in terms)
+
+
+@pytest.mark.parametrize(
+    ("spec", "terms"),
+    [
+        ("http://h/score", [(1, "http://h/score", "http://h/score")]),
+        (
+            "0.3*http://127.0.0.1:80/s?x=1+clip",
+            [(0.3, "http://127.0.0.1:80/s", "http://127.0.0.1:80/s?x=1"), (1, "clip", "")],
+        ),
+        (
+            "clip+2*https://me:p%2B*w@h/a*b?2*key#f",
+            [(1, "clip", ""), (2, "https://h/a*b", "https://me:p%2B*w@h/a*b?2*key#f")],
+        ),
+        (
+            "http://[::1]:8000?a+http://[::1]:8000?b",
+            [(1, "http://[::1]:8000", "http://[::1]:8000?a"), (1, "http://[::1]:8000#2", "http://[::1]:8000?b")],
+        ),
+    ],
+)
+def test_addresses_are_read(spec, terms):
+    """Named without user, password and query, and told apart all the same."""
+    assert parse(spec) == tuple(Term(*term) for term in terms)
+    assert all(term.address not in repr(term) or term.address == term.name for term in parse(spec) if term.address)
+
+
+def test_a_specification_is_shown_without_secrets():
+    """As it was given where there are none."""
+    for spec in ("clip + 0.5*judge.py:score", "object:Redness"):
+        assert shown(spec) == spec
+    assert shown("0.5*http://me:sesame@h/s?key=sesame + clip") == "0.5*http://h/s+clip"
 
 
 @pytest.mark.parametrize("name", list(REWARDS))
@@ -50,7 +94,7 @@ def test_every_registered_reward_is_a_specification(name):
 
 
 @pytest.mark.parametrize(
-    ("spec", "shown"),
+    ("spec", "message"),
     [
         ("", "''"),
         ("+", "'+'"),
@@ -69,13 +113,52 @@ def test_every_registered_reward_is_a_specification(name):
         ("klip", "'klip'.*Did you mean 'clip'"),
         ("clip+beauty", "'beauty'"),
         ("judge", "'judge'"),
+        ("judge.py", "file.py:function.*'judge.py'"),
+        ("a/judge.py+clip", "'a/judge.py'|'a/judge.py.clip'"),
+        ("judge.py:", "'judge.py:'"),
+        ("judge.py:2nd", "'judge.py:2nd'"),
+        ("judge.py:score*2", "'judge.py:score.2'"),
+        ("judge.py:score+2*judge.py:score", "once"),
+        (".judge:score", "'.judge:score'"),
+        ("klip+judge.py:score", "'klip'.*Did you mean 'clip'"),
+        ("object:Redness", "Python object"),
+        ("clip+object:Redness", "Python object"),
+        ("http://", "'http://'"),
+        ("http:///score", "HOST.*'http:///score'"),
+        ("http://h:port/", "HOST.*'http://h:port/'"),
+        ("http://h:99999/", "HOST"),
+        ("http://h/a b", "'http://h/a b'"),
+        ("http://h?a=1+b", "%2B"),
+        ("http://h?a+http://h?a", "once"),
+        ("ftp://h/score", "'ftp://h/score'"),
     ],
 )
-def test_other_specifications_are_refused(spec, shown):
+def test_other_specifications_are_refused(spec, message):
     """In one line that shows what was received; the judge is no reward, so that it stays held out."""
-    with pytest.raises(BadInput, match=shown) as caught:
+    with pytest.raises(BadInput, match=message) as caught:
         parse(spec)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "0*{}",
+        "1e999*{}",
+        "{}+{}",
+        "{}+sesame",
+        "klip+{}",
+        "{} {}",
+        "{}+./sesame",
+        "http://u:sesame@:1/",
+        "http://u:ses+ame@h",
+    ],
+)
+def test_refusals_keep_secrets(spec):
+    with pytest.raises(BadInput) as caught:
+        parse(spec.replace("{}", "https://me:sesame@h/score?key=sesame&more=sesame"))
+    assert "sesame" not in str(caught.value)
+    assert "ame" not in str(caught.value).replace("name", "")
 
 
 class Channel:
@@ -269,3 +352,110 @@ def test_scores_stay_in_range(encoder):
         score = ClipReward(encoder)(images, ["a fox"]).item()
         assert math.isfinite(score)
         assert -1 <= score <= 1
+
+
+def darkness(image: Image.Image, prompt: str) -> float:
+    """A reward of kind `image`: of the pixels and of the prompt."""
+    return -float(np.asarray(image).mean()) / 255 - len(prompt) / 100
+
+
+def darknesses(images: list[Image.Image], prompts: list[str]) -> list[float]:
+    """The same of kind `images`; keeps nothing of its arguments as it was."""
+    scores = [darkness(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+    images.clear()
+    prompts.clear()
+    return scores
+
+
+@reward("tensors")
+def spoiling(images: Tensor, prompts: list[str]) -> Tensor:
+    """The same of kind `tensors` without gradient; likewise."""
+    scores = -images.mean((1, 2, 3)) - torch.tensor([len(prompt) / 100 for prompt in prompts])
+    images.zero_()
+    prompts.clear()
+    return scores
+
+
+@reward("tensors", differentiable=True)
+def gently(images: Tensor, prompts: list[str]) -> Tensor:
+    """The same with gradient."""
+    scores = -images.mean((1, 2, 3)) - torch.tensor([len(prompt) / 100 for prompt in prompts])
+    prompts.clear()
+    return scores
+
+
+CUSTOM = {"image": darkness, "images": darknesses, "tensors": spoiling, "gradient": gently, "object": tiny.Redness()}
+
+
+@pytest.fixture(scope="module", params=[*REWARDS, *CUSTOM])
+def judged(request) -> Reward:
+    """Every registered reward, and one of every kind that a user can write."""
+    if request.param in CUSTOM:
+        return from_object(CUSTOM[request.param])
+    return REWARDS.load(request.param)("cpu")
+
+
+def test_a_score_per_image(judged):
+    """Finite, one by one as in a batch, and in the order of the images; the scores tell the images apart."""
+    images = pictures(64, 64)
+    scores = judged(images, PROMPTS)
+    assert scores.shape == (3,)
+    assert scores.dtype == torch.float32
+    assert scores.isfinite().all()
+    assert len(set(scores.tolist())) == 3
+    for k, prompt in enumerate(PROMPTS):
+        torch.testing.assert_close(judged(images[k : k + 1], [prompt]), scores[k : k + 1], rtol=1e-5, atol=1e-5)
+    order = [2, 0, 1]
+    turned = judged(images[order], [PROMPTS[k] for k in order])
+    torch.testing.assert_close(turned, scores[order], rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_scored_stays_as_it_is(judged):
+    images, prompts = pictures(64, 64), list(PROMPTS)
+    before = images.clone()
+    judged(images, prompts)
+    assert torch.equal(images, before)
+    assert prompts == PROMPTS
+
+
+def test_differentiable_means_what_it_says(judged):
+    """A gradient for every image, uphill; or none at all."""
+    images = pictures(64, 64).requires_grad_()
+    scores = judged(images, PROMPTS)
+    assert scores.requires_grad == judged.differentiable
+    if judged.differentiable:
+        (slope,) = torch.autograd.grad(scores.sum(), images)
+        assert (slope.abs().amax((1, 2, 3)) > 0).all()
+        with torch.no_grad():
+            scale = slope.square().sum((1, 2, 3), keepdim=True)
+            assert (judged(images + 1e-3 * slope / scale, PROMPTS) > judged(images, PROMPTS)).all()
+
+
+@pytest.mark.parametrize("name", list(REWARDS))
+def test_what_is_said_of_a_reward_before_it_is_loaded(name):
+    """It decides whether `gradient` may start, so it must be what the loaded reward says."""
+    assert prepare(name).differentiable == prepare(name).load("cpu").differentiable
+
+
+def test_the_kinds_of_a_reward_agree():
+    """Kind `image` as the yardstick, on 8-bit images."""
+    images = pictures(16, 16)
+    expected = [darkness(to_pil(image), prompt) for image, prompt in zip(images, PROMPTS, strict=True)]
+    for name in ("image", "images", "tensors", "gradient"):
+        np.testing.assert_allclose(from_object(CUSTOM[name])(images, PROMPTS).detach(), expected, rtol=1e-5)
+
+
+def test_jpeg_size():
+    """Against Pillow's bytes on disk; noise is larger than a plain image, and one reward is minus the other."""
+    images = torch.cat([pictures(32, 48), torch.rand(1, 3, 32, 48), torch.full((1, 3, 32, 48), 0.5)])
+    prompts = ["", "a fox", "a fox", "", ""]
+    large = REWARDS.load("jpeg-incompressibility")("cpu")(images, prompts)
+    expected = []
+    for image in images:
+        array = np.uint8(np.round(image.permute(1, 2, 0).numpy() * 255))
+        with tempfile.NamedTemporaryFile(suffix=".jpg") as file:
+            Image.fromarray(array).save(file.name, quality=95)
+            expected.append(Path(file.name).stat().st_size / 1000)
+    np.testing.assert_allclose(large, expected, rtol=1e-6)
+    assert large[3] > large[:3].max() > large[4]
+    assert torch.equal(REWARDS.load("jpeg-compressibility")("cpu")(images, prompts), -large)

@@ -202,7 +202,7 @@ def test_the_best_image_comes_back_from_plain_diffusers(tiny_folder, tmp_path, s
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         about = file.metadata()
     assert result.reward > result.raw_reward  # else the raw prompt would be compared with itself
-    assert set(tensors) == {"prompt_embeds", "x", "prefix", "suffix"} | (
+    assert set(tensors) == {"prompt_embeds", "x", "prefix", "suffix", "basis.prefix", "basis.suffix"} | (
         {"negative_prompt_embeds"} if guidance > 1 else set()
     )
     assert torch.equal(tensors["prompt_embeds"][0, :2], tensors["prefix"])
@@ -329,7 +329,7 @@ def test_a_reward_without_gradient(tiny_folder, tmp_path):
 def test_a_basis_wider_than_the_encoder_leaves_nothing(tiny_folder, tmp_path):
     """A rule that needs the model's width to be checked is a rule all the same."""
     with pytest.raises(BadInput, match="d=16"):
-        run(tiny_folder, out=tmp_path / "run", basis=30)
+        run(tiny_folder, out=tmp_path / "run", basis_size=30)
     assert not (tmp_path / "run").exists()
 
 

@@ -370,7 +370,7 @@ def test_tokens_take_dtype_and_gradient_of_the_prompt():
         (16, {"prefix": 0, "suffix": 0}, "prefix=0, suffix=0"),
         (16, {"prefix": -1, "suffix": 2}, "prefix=-1"),
         (16, {"prefix": 2, "suffix": -1}, "suffix=-1"),
-        (16, {"basis": 0}, "basis=0"),
+        (16, {"basis": 0}, "basis_size=0"),
         (16, {"basis": 17}, "d=16"),
         (16, {"layout": "per_token", "prefix": 1, "suffix": 5, "basis": 4}, "needs 20"),
         (16, {"layout": "free"}, "'free'"),

@@ -16,8 +16,8 @@ LATENT, PIXELS, WIDTH = 4, 8, 16
 """Side of the latents, side of the images, width of the text encoder."""
 
 RUN: dict[str, Any] = {
-    "num_inference_steps": 3, "guidance_scale": 3.0, "scheduler": "", "prefix": 2, "suffix": 2, "basis": 4,
-    "learning_rate": 0.1, "held_out": 2, "device": "cpu",
+    "num_inference_steps": 3, "guidance_scale": 3.0, "scheduler": "", "prefix": 2, "suffix": 2, "basis_size": 4,
+    "learning_rate": 0.1, "held_out": 2, "device": "cpu", "basis": "random", "seed_share": 0.0, "batch_size": 1,
 }  # fmt: skip
 """Settings of `ipgo_opt.optimize` that suit the tiny pipeline."""
 

@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections import defaultdict
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 ROOT = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic whose iteration drives every singular value towards 1."""
+STEPS = 5
 NARROW = 16
 """A weight with fewer inputs or outputs than this is left to Adam: first and last layers."""
 
@@ -29,11 +31,12 @@ def orthogonal(stack: torch.Tensor) -> torch.Tensor:
     x = stack.mT if tall else stack
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-12)
     gram, eye = x @ x.mT, torch.eye(x.shape[1], device=x.device)
-    product = eye.expand_as(gram)
     a, b, c = ROOT
-    for _ in range(5):
+    product = factor = a * eye + b * gram + c * gram @ gram
+    for _ in range(STEPS - 1):
+        gram = factor @ gram @ factor
         factor = a * eye + b * gram + c * gram @ gram
-        product, gram = factor @ product, factor @ gram @ factor
+        product = factor @ product
     x = product @ x
     return x.mT if tall else x
 
@@ -77,10 +80,20 @@ class Muon(torch.optim.Optimizer):
         for p in params:
             momentum = self.state[p]["momentum"].lerp_(p.grad, 0.05)
             shapes[p.flatten(1).shape].append((p, torch.lerp(p.grad, momentum, 0.95).flatten(1)))
+        # each of several processes, whose gradients are equal, takes its share of the matrices
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        moves = torch.zeros(sum(p.numel() for p in params), device=params[0].device)
+        where = dict(zip(params, moves.split([p.numel() for p in params]), strict=True))
         for (rows, columns), pairs in shapes.items():
-            moves = orthogonal(torch.stack([move for _, move in pairs])) * (0.2 * max(rows, columns) ** 0.5)
-            for (p, _), move in zip(pairs, moves, strict=True):
-                p.mul_(1 - lr * weight_decay).add_(move.view(p.shape), alpha=-lr)
+            own = pairs[rank::world]
+            if own:
+                made = orthogonal(torch.stack([move for _, move in own])) * (0.2 * max(rows, columns) ** 0.5)
+                for (p, _), move in zip(own, made, strict=True):
+                    where[p].copy_(move.flatten())
+        if world > 1:
+            dist.all_reduce(moves)
+        for p, move in where.items():
+            p.mul_(1 - lr * weight_decay).add_(move.view(p.shape), alpha=-lr)
 
     def _adam(self, params: list[nn.Parameter], lr: float, weight_decay: float) -> None:
         for p in params:

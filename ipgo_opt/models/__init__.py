@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ipgo_opt.errors import BadInput, RunFailed
 from ipgo_opt.registry import unknown
@@ -106,24 +106,17 @@ def load(
     scheduler: str,
     chunk: int,
 ) -> Sampler:
-    """Loads the weights (safetensors only, no remote code) and returns the sampler.
+    """`load_pipeline` and `make_sampler` in one."""
+    return make_sampler(load_pipeline(source, device, dtype), settings, scheduler=scheduler, chunk=chunk)
 
-    Args:
-        source: what `resolve` found.
-        settings: makes the sampler's settings from the model's own (height, width) in pixels.
-        device: where the weights go.
-        dtype: their type, by torch's name.
-        scheduler: a scheduler class of diffusers, "" for the model's own.
-        chunk: most images per pipeline call.
 
-    """
+def load_pipeline(source: ModelSource, device: str, dtype: str) -> Any:
+    """Loads the weights (safetensors only, no remote code) of what `resolve` found, in torch's `dtype`."""
     import warnings
 
     import diffusers
     import torch
     import transformers
-
-    from ipgo_opt.models.sampler import Sampler
 
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.disable_progress_bar()
@@ -140,8 +133,28 @@ def load(
         _check_class(type(pipeline).__name__)
     if getattr(pipeline, "safety_checker", None) is not None:
         pipeline.safety_checker = None  # it turns images into PIL, through which no gradient passes
+    pipeline.own_scheduler = pipeline.scheduler  # runs that share the pipeline may each bring another one
+    return pipeline.to(device)
+
+
+def make_sampler(
+    pipeline: Any, settings: Callable[[tuple[int, int]], SamplerSettings], *, scheduler: str, chunk: int
+) -> Sampler:
+    """The sampler on a loaded pipeline, with counters at zero.
+
+    Args:
+        pipeline: what `load_pipeline` gave.
+        settings: makes the sampler's settings from the model's own (height, width) in pixels.
+        scheduler: a scheduler class of diffusers, "" for the model's own.
+        chunk: most images per pipeline call.
+
+    """
+    import diffusers
+
+    from ipgo_opt.models.sampler import Sampler
+
+    pipeline.scheduler = pipeline.own_scheduler
     if scheduler:
-        scheduler_class = getattr(diffusers, scheduler)
-        pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
+        pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.own_scheduler.config)
     side = (getattr(pipeline, "unet", None) or pipeline.transformer).config.sample_size * pipeline.vae_scale_factor
-    return Sampler(pipeline.to(device), settings((side, side)), chunk)
+    return Sampler(pipeline, settings((side, side)), chunk)

@@ -7,6 +7,7 @@ scheduler works and an image without inserted tokens is the one that diffusers g
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -46,6 +47,10 @@ ENCODED = {
     4: ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
 }
 """What `encode_prompt` returns, by its number of outputs (SD 1.x and 2.x; SDXL)."""
+
+
+WORD = re.compile(r"[a-z]{3,}</w>")
+"""Tokens of a CLIP vocabulary that are whole words."""
 
 
 def unsupported(pipeline_class: type) -> str | None:
@@ -122,6 +127,24 @@ class Sampler:
         """Tokens of the prompt, begin and end included, and how many the text encoder reads."""
         tokenizer = self.pipeline.tokenizer
         return len(tokenizer(prompt).input_ids), int(tokenizer.model_max_length)
+
+    def word_states(self, words: int = 512) -> Tensor:
+        """Encoder states (n, d), float32 on the CPU, of `words` words of the tokenizer's own vocabulary.
+
+        The words are spread evenly over the vocabulary and encoded many to a prompt; states of begin, end and padding
+        are left out.
+        """
+        tokenizer = self.pipeline.tokenizer
+        whole = sorted(token[:-4] for token in tokenizer.get_vocab() if WORD.fullmatch(token))
+        if not whole:
+            raise BadInput("basis 'states' needs a vocabulary with whole words, but this model's tokenizer has none.")
+        chosen = whole[:: max(1, len(whole) // words)][:words]
+        per_prompt = max(1, int(tokenizer.model_max_length) - 2)
+        states = []
+        for start in range(0, len(chosen), per_prompt):
+            part = chosen[start : start + per_prompt]
+            states.append(self.encode(" ".join(part)).prompt_embeds[0, 1 : 1 + len(part)].float().cpu())
+        return torch.cat(states)
 
     def generate(self, conditioning: Conditioning, seeds: Sequence[int], *, gradient: bool = False) -> Tensor:
         """One image per row of `conditioning` and seed: (B, 3, H, W) in [0, 1], float32.

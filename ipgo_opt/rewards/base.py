@@ -1,14 +1,15 @@
-"""The contract of a reward, and the weighted sum in which a specification like `aesthetic+0.5*clip` results."""
+"""The contract of a reward, and what a specification like `aesthetic+0.5*clip` stands for."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
+from urllib.parse import urlsplit
 
-from ipgo_opt.errors import BadInput
+from ipgo_opt.errors import BadInput, RunFailed
 from ipgo_opt.rewards import REWARDS
 
 if TYPE_CHECKING:
@@ -28,35 +29,193 @@ class Reward(Protocol):
         ...
 
 
+class RewardFailed(RunFailed):
+    """A reward raised, or gave something that is no score.
+
+    Args:
+        message: what happened, in one line.
+        details: what the user needs to mend it (the traceback of the user's code, the answer of a service), or "".
+        image: the image (3, H, W) that was being scored; the first one if it was a batch.
+
+    """
+
+    def __init__(self, message: str, details: str = "", image: Tensor | None = None) -> None:
+        super().__init__(message)
+        self.details, self.image = details, image
+
+
 @dataclass(frozen=True)
 class Term:
-    """One weighted reward of a specification."""
+    """One weighted reward of a specification.
+
+    Attributes:
+        weight: its factor.
+        name: what it is called in results; an address without what may be secret in it.
+        address: the whole address, if the reward is one.
+
+    """
 
     weight: float
     name: str
+    address: str = field(default="", repr=False)
 
 
-TERM = re.compile(r"(?:(?P<weight>[+-]?\s*\d*\.?\d+(?:e[+-]?\d+)?)\s*\*\s*)?(?P<name>[A-Za-z_][\w:-]*)", re.ASCII)
+WEIGHTED = re.compile(r"(?:(?P<weight>[+-]?\s*[0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*\*\s*)?(?P<name>.+)", re.DOTALL)
+NAME = re.compile(r"[A-Za-z_][\w-]*", re.ASCII)
+FUNCTION = re.compile(r"(?:.+\.py|[^\W\d]\w*(?:\.[^\W\d]\w*)*):[^\W\d]\w*")
+ADDRESS = re.compile(r"https?://[!-~]+", re.IGNORECASE)
 
 
 def parse(spec: str) -> tuple[Term, ...]:
-    """The terms of a reward specification: `name`, `0.5*name`, joined by `+`. BadInput for anything else."""
-    terms = []
-    for part in spec.split("+"):
-        match = TERM.fullmatch(part.strip())
-        if not match:
+    """The terms of a reward specification; imports and loads nothing.
+
+    A specification is a sum of terms, `TERM+TERM+…`, and a term is `REWARD` or `NUMBER*REWARD`, where REWARD is a
+    registered name, `path/to/file.py:function`, `package.module:function` or an address `http://…`, `https://…`.
+
+    A weight ends at the first `*`; later ones belong to the path or address. A `+` separates terms, with one exception:
+    if what stands before it has a slash or backslash and is not a reward yet, it belongs to a path
+    (`./c++/judge.py:score`). In an address, `+` is written `%2B`.
+
+    Raises:
+        BadInput: for anything else, a name that is not registered, a weight of 0, a term that stands twice.
+
+    """
+    terms: list[Term] = []
+    for weight, name in _split(spec):
+        address = ""
+        if ADDRESS.fullmatch(name):
+            address, name = name, _public_address(name)
+            same = sum(term.name.split("#")[0] == name for term in terms)
+            name += f"#{same + 1}" if same else ""
+        elif name.startswith("object:"):
             raise BadInput(
-                f"reward must be a name or a weighted sum such as aesthetic+0.5*clip, but got {spec!r} ({part!r})."
+                f"`object:` stands for a reward that was passed as a Python object, but got {_public(spec)!r}."
             )
-        weight = float((match["weight"] or "1").replace(" ", ""))
-        REWARDS.check(match["name"])
+        elif ":" not in name:
+            if name not in REWARDS and any(term.address for term in terms):
+                raise BadInput(f"a + in an address must be written %2B, but got {_public(spec)!r}.")
+            REWARDS.check(name)
         if weight == 0 or not math.isfinite(weight):
-            raise BadInput(f"the weight of a reward must be finite and not 0, but got {weight} in {spec!r}.")
-        terms.append(Term(weight, match["name"]))
-    names = [term.name for term in terms]
-    if len(set(names)) < len(names):
-        raise BadInput(f"each reward may stand once in a sum, but got {spec!r}.")
+            raise BadInput(f"the weight of a reward must be finite and not 0, but got {weight} in {_public(spec)!r}.")
+        terms.append(Term(weight, name, address))
+    if len({term.address or term.name for term in terms}) < len(terms):
+        raise BadInput(f"each reward may stand once in a sum, but got {_public(spec)!r}.")
     return tuple(terms)
+
+
+def _split(spec: str) -> list[tuple[float, str]]:
+    """Weight and reward of each term."""
+    found = []
+    pieces = spec.split("+")
+    while pieces:
+        part = pieces.pop(0)
+        term = _term(part)
+        while term is None and pieces and ("/" in part or "\\" in part):
+            part += "+" + pieces.pop(0)
+            term = _term(part)
+        if term is None:
+            got = repr(_public(spec)) if "://" in spec else f"{spec!r} ({part.strip()!r})"
+            raise BadInput(
+                "reward must be a name, file.py:function, package.module:function, an http address or a weighted sum "
+                f"such as aesthetic+0.5*clip, but got {got}."
+            )
+        found.append(term)
+    return found
+
+
+def _term(text: str) -> tuple[float, str] | None:
+    match = WEIGHTED.fullmatch(text.strip())
+    if match is None or not any(kind.fullmatch(match["name"]) for kind in (ADDRESS, FUNCTION, NAME)):
+        return None
+    return float((match["weight"] or "1").replace(" ", "")), match["name"]
+
+
+def shown(spec: str) -> str:
+    """A valid specification (or the `object:` of a passed one) as results show it: no secrets of addresses in it."""
+    if "://" not in spec:
+        return spec
+    return "+".join(term.name if term.weight == 1 else f"{term.weight:g}*{term.name}" for term in parse(spec))
+
+
+def _public(spec: str) -> str:
+    """A specification without what may be secret in its addresses, even where they are malformed."""
+    spec = re.sub(r"(https?://)\S*@", r"\1", spec, flags=re.IGNORECASE)
+    return re.sub(r"(://[^?#]*)[?#].*", r"\1?…", spec, flags=re.DOTALL)
+
+
+def _public_address(address: str) -> str:
+    """An address without user, password, query and fragment; BadInput if it has no host or a wrong port."""
+    try:
+        parts = urlsplit(address)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if not host:
+        raise BadInput(f"an address must be http://HOST[:PORT][/PATH], but got {_public(address)!r}.")
+    return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{f':{port}' if port else ''}{parts.path}"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A specification of which everything is settled that needs no weights.
+
+    Attributes:
+        terms: weights and names.
+        rewards: the reward of each term; None for a registered one, which is loaded later.
+
+    """
+
+    terms: tuple[Term, ...]
+    rewards: tuple[Reward | None, ...]
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether gradients flow from the weighted sum to the images."""
+        return all(
+            getattr(REWARDS[term.name], "differentiable", True) if reward is None else reward.differentiable
+            for term, reward in zip(self.terms, self.rewards, strict=True)
+        )
+
+    @property
+    def any_model(self) -> bool:
+        """Whether every term can judge the images of any model, not only the embedded one's."""
+        return all(
+            reward is not None or getattr(REWARDS[term.name], "any_model", False)
+            for term, reward in zip(self.terms, self.rewards, strict=True)
+        )
+
+    def load(self, device: str) -> WeightedSum:
+        """The weighted sum, its weights on `device`."""
+        rewards = [
+            REWARDS.load(term.name)(device) if reward is None else reward
+            for term, reward in zip(self.terms, self.rewards, strict=True)
+        ]
+        return WeightedSum(self.terms, rewards)
+
+
+def prepare(spec: str) -> Prepared:
+    """Reads a specification, imports the user's functions in it and settles their kinds; loads no weights.
+
+    An unchanged file is imported once per process, however often it is prepared.
+
+    Raises:
+        BadInput: `parse` refuses it, or a function can't be found, imported or called as a reward.
+
+    """
+    terms = parse(spec)
+    return Prepared(terms, tuple(_settled(term) for term in terms))
+
+
+def _settled(term: Term) -> Reward | None:
+    if term.address:
+        from ipgo_opt.rewards.http import HttpReward
+
+        return HttpReward(term.address)
+    if ":" in term.name:
+        from ipgo_opt.rewards.custom import find
+
+        return find(term.name)
+    return None
 
 
 class WeightedSum:

@@ -6,5 +6,12 @@ SPACES = Registry(
     "space",
     {
         "tokens": Entry("ipgo_opt.spaces.tokens:TokenSpace", "IPGO's prefix and suffix tokens V = R2(θ2) R1(θ1) E Z"),
+        "seeds": Entry("ipgo_opt.spaces.seeds:SeedSpace", "nothing but the seed of the noise: best-of-n"),
     },
 )
+
+BASES = {
+    "random": "a random orthonormal basis (the paper's start)",
+    "states": "principal directions of the text encoder's states of its own words",
+}
+"""What `basis` may name; anything else is the folder of a finished run, whose learned tokens come first."""

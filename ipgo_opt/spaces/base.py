@@ -44,6 +44,10 @@ class Space(Protocol):
         """Changed inputs of q candidates x (q, D) for a conditioning of one prompt, and their penalties (q,) ≥ 0."""
         ...
 
+    def learned(self, x: Tensor, *, full: bool) -> dict[str, Tensor]:
+        """What one point x (D,) stands for, by name, to be kept beside the best image."""
+        ...
+
     def state_dict(self) -> dict[str, Tensor]:
         """Everything random that was fixed when the space was made."""
         ...

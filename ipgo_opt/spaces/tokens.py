@@ -61,7 +61,7 @@ class TokenShape:
                 f"(prefix={self.prefix}, suffix={self.suffix})."
             )
         if self.basis < 1:
-            raise BadInput(f"`basis >= 1` must hold, but got basis={self.basis}.")
+            raise BadInput(f"`basis_size >= 1` must hold, but got basis_size={self.basis}.")
         if self.layout not in LAYOUTS:
             raise BadInput(f"layout must be one of {', '.join(LAYOUTS)}, but got {self.layout!r}.")
         if not (0 < self.scale < math.inf and 0 <= self.spread <= 1):
@@ -75,7 +75,7 @@ class TokenShape:
             if most > width:
                 raise BadInput(
                     f"an orthonormal basis has at most d={width} vectors, but layout {self.layout!r} with "
-                    f"basis={self.basis} needs {most}."
+                    f"basis_size={self.basis} needs {most}."
                 )
 
 
@@ -91,16 +91,30 @@ def rotate_shifted_pairs(v: Tensor, angle: Tensor) -> Tensor:
     return rotate_pairs(v.roll(-1, -1), angle).roll(1, -1)
 
 
+def orthonormal(directions: Tensor) -> Tensor:
+    """Orthonormal columns (d, N) that span the same nested subspaces as the columns of `directions` (d, N).
+
+    The first k columns of both span the same space, and each column points the way of its model.
+    """
+    Q, R = torch.linalg.qr(directions.double())
+    return torch.where(R.diagonal() < 0, -Q, Q).float()
+
+
 class _Side:
     """The tokens of the prefix or the suffix: V = scale · R2(θ2) R1(θ1) (E Z + b), b = 0 in the `shared` layout."""
 
-    def __init__(self, tokens: int, width: int, shape: TokenShape, generator: torch.Generator) -> None:
+    def __init__(
+        self, tokens: int, width: int, shape: TokenShape, generator: torch.Generator, directions: Tensor | None
+    ) -> None:
         self.M, self.d, self.shape = tokens, width, shape
         self.N = shape.columns(tokens)
         self.angles = 1 if shape.layout == "shared" else tokens
         self.biases = 0 if shape.layout == "shared" else width
         holder: Any = nn.Module()
-        holder.E = nn.Parameter(torch.randn(width, self.N, generator=generator))
+        first = torch.randn(width, self.N, generator=generator)
+        if directions is not None:
+            first = orthonormal(directions[:, : self.N])
+        holder.E = nn.Parameter(first)
         with torch.random.fork_rng(devices=[]):  # the parametrization draws from the global generator
             torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
             orthogonal(holder, "E", orthogonal_map="householder")
@@ -140,24 +154,37 @@ class TokenSpace:
         width: the text encoder's width d (even).
         shape: numbers of tokens and layout.
         seed: fixes E and the first Z.
+        directions: linearly independent columns (d, n) for each side's E to span instead of a random subspace, the
+            most important first; n at least the number of columns of E.
 
     """
 
-    def __init__(self, width: int, shape: TokenShape, seed: int = 0) -> None:
+    def __init__(
+        self, width: int, shape: TokenShape, seed: int = 0, directions: dict[str, Tensor] | None = None
+    ) -> None:
         shape.check(width)
         self.width, self.shape = width, shape
         generator = torch.Generator().manual_seed(seed)
         lengths = {"prefix": shape.prefix, "suffix": shape.suffix}
-        self.sides = {name: _Side(M, width, shape, generator) for name, M in lengths.items() if M}
+        self.sides = {}
+        for name, M in lengths.items():
+            if M:
+                given = None if directions is None else directions[name]
+                if given is not None and (given.shape[0] != width or given.shape[1] < shape.columns(M)):
+                    raise BadInput(
+                        f"the {name} needs {shape.columns(M)} directions of width {width}, but got "
+                        f"{given.shape[1]} of width {given.shape[0]}."
+                    )
+                self.sides[name] = _Side(M, width, shape, generator, given)
 
     def coordinates(self, *, full: bool) -> Coordinates:
-        """Start and bounds of the full or the low-dimensional vector."""
+        """Start and bounds of the full or the low-dimensional vector; the latter starts at Z = 0, θ = 0."""
         start, upper = [], []
         for side in self.sides.values():
             if full:
                 start.append(side.start_basis)
                 upper.append(torch.full_like(side.start_basis, math.inf))
-            start.append(side.start_coefficients)
+            start.append(side.start_coefficients * full)
             upper.append(side.bounds())
         bound = torch.cat(upper)
         return Coordinates(torch.cat(start), -bound, bound)
@@ -172,9 +199,9 @@ class TokenSpace:
             x = x[:, len(side.start_coefficients) :]
         return parts
 
-    def bases(self, x: Tensor) -> dict[str, Tensor]:
-        """The orthonormal bases E (q, d, N) of full vectors x (q, D), by side."""
-        return {name: self.sides[name].E(basis) for name, (basis, _) in self._split(x, True).items()}
+    def bases(self, x: Tensor, *, full: bool = True) -> dict[str, Tensor]:
+        """The orthonormal bases E (q, d, N) of vectors x (q, D), by side; one row where they are fixed."""
+        return {name: self.sides[name].E(basis) for name, (basis, _) in self._split(x, full).items()}
 
     def tokens(self, x: Tensor, *, full: bool) -> dict[str, Tensor]:
         """The tokens V (q, M, d) of vectors x (q, D), by side ("prefix", "suffix"; empty sides are absent)."""
@@ -189,6 +216,11 @@ class TokenSpace:
         T = torch.cat([part for part in parts if part is not None], dim=1)
         p_conf = (T.mean(1) - states.mean(1)).float().square().sum(-1)
         return Conditioning(T, out.negative_prompt_embeds, out.extra), p_conf
+
+    def learned(self, x: Tensor, *, full: bool) -> dict[str, Tensor]:
+        """The tokens "prefix" and "suffix" (M, d) of a point x (D,) and their bases "basis.prefix", … (d, N)."""
+        out = {name: V[0] for name, V in self.tokens(x[None], full=full).items()}
+        return out | {f"basis.{name}": E[0] for name, E in self.bases(x[None], full=full).items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The starting vectors and the fixed part of each orthogonal parametrization."""

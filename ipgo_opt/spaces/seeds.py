@@ -1,0 +1,40 @@
+"""The space of nothing but seeds: the raw prompt as it is, on as many seeds as the budget pays for (best-of-n)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ipgo_opt.conditioning import Conditioning
+from ipgo_opt.spaces.base import Coordinates
+
+
+class SeedSpace:
+    """A space without coordinates: what is chosen is the seed, and the loop does that for every space.
+
+    Takes what every space is made of and needs none of it.
+    """
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def coordinates(self, *, full: bool) -> Coordinates:
+        """No coordinates, (0,)."""
+        return Coordinates(torch.zeros(0), torch.zeros(0), torch.zeros(0))
+
+    def apply(self, x: Tensor, conditioning: Conditioning, *, full: bool) -> tuple[Conditioning, Tensor]:
+        """The conditioning once for each row of x (q, 0), and no penalty."""
+        return conditioning.expand(len(x)), torch.zeros(len(x))
+
+    def learned(self, x: Tensor, *, full: bool) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Nothing."""
