@@ -13,6 +13,7 @@ from ipgo_opt.errors import BadInput
 from ipgo_opt.store import Store
 from ipgo_opt.strategies import STRATEGIES
 from ipgo_opt.strategies.base import Problem
+from ipgo_opt.strategies.bayes import BayesOptions
 from ipgo_opt.strategies.gradient import Gradient, GradientOptions
 
 LOWER = torch.tensor([-1.0, -1.0, -3.0, 0.0, -1.0, -2.0])
@@ -23,7 +24,13 @@ BEST = torch.tensor([0.3, 1.9, -1.0, 0.1, 2.0, -1.2])
 WITHOUT_CHANCE = {"gradient"}
 """Strategies that draw no random numbers."""
 
-every_strategy = pytest.mark.parametrize("name", list(STRATEGIES))
+NAMES = [name for name in STRATEGIES if not name.endswith(":NAME")] + ["nevergrad:DE", "nevergrad:OnePlusOne"]
+"""Every strategy, and two members of the family that Nevergrad is."""
+
+OPTIONS = {"bayes": [BayesOptions(candidates=50, raw=8, restarts=1, climb=2, fit=4)]}
+"""Settings of strategies that would take minutes here with their own."""
+
+every_strategy = pytest.mark.parametrize("name", NAMES)
 batches = pytest.mark.parametrize("batch", [1, 3])
 
 
@@ -38,8 +45,8 @@ def quadratic(x: Tensor) -> tuple[Tensor, Tensor]:
     return -(x - BEST).square().sum(1), -2 * (x - BEST)
 
 
-def make(name: str, batch: int = 1, seed: int = 0) -> Any:
-    return STRATEGIES.load(name)(problem(batch, seed))
+def make(name: str, batch: int = 1, seed: int = 0, given: Problem | None = None) -> Any:
+    return STRATEGIES.load(name)(given or problem(batch, seed), *OPTIONS.get(name, []))
 
 
 def tell(solver: Any, x: Tensor) -> Tensor:
@@ -158,7 +165,7 @@ def test_nothing_given_is_changed_and_nothing_returned_is_kept(name, batch):
     """Inputs come back as they were; overwriting what was asked and told changes no later answer."""
     given = problem(batch)
     before = [tensor.clone() for tensor in (given.start, given.lower, given.upper)]
-    solver, twin = STRATEGIES.load(name)(given), make(name, batch)
+    solver, twin = make(name, given=given), make(name, batch)
     for _ in range(8):
         x, expected = solver.ask(), twin.ask()
         assert torch.equal(x, expected)
@@ -211,7 +218,11 @@ def test_what_does_not_fit_is_refused(name):
 def test_the_name_leads_to_a_solver(name):
     solver_class = STRATEGIES.load(name)
     assert isinstance(solver_class.uses_gradient, bool)
-    assert STRATEGIES[name].summary
+    STRATEGIES.check(name)
+
+
+def test_every_name_has_a_summary():
+    assert all(entry.summary for entry in STRATEGIES.values())
 
 
 @pytest.mark.parametrize(
@@ -230,9 +241,10 @@ def test_impossible_problems_are_refused(change):
         Problem(**parts)
 
 
-def test_random_search_needs_bounds():
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "gradient"])
+def test_black_boxes_need_bounds(name):
     with pytest.raises(BadInput, match="finite bounds"):
-        STRATEGIES.load("random")(Problem(torch.zeros(2), torch.full((2,), -math.inf), torch.ones(2), 1))
+        STRATEGIES.load(name)(Problem(torch.zeros(2), torch.full((2,), -math.inf), torch.ones(2), 1))
 
 
 def test_random_points_are_uniform():
