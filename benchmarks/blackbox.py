@@ -95,7 +95,7 @@ def main() -> None:
     lines = [
         f"<!-- python -m benchmarks.blackbox {args.part} --prompts {args.prompts} -->",
         f"{args.prompts} prompts, 100 images each, held out on 8 fresh seeds; means over prompts, differences to "
-        "random search over the same coordinates (for `seeds`: to the same) with 95 % bootstrap intervals over prompts.",
+        "random search over the same coordinates (for `seeds`: the same) with 95 % bootstrap intervals over prompts.",
     ]
     for reward in REWARDS:
         lines += [

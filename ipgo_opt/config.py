@@ -100,7 +100,7 @@ class RunConfig:
 
     @property
     def tried_seeds(self) -> int:
-        """Seeds that the raw prompt is tried on; with a share for seeds, they get what does not fill a batch as well."""
+        """Seeds that the raw prompt is tried on; with a share for seeds, they get what does not fill a batch."""
         tried = max(self.search_seeds, math.floor(self.seed_share * self.budget))
         left_over = max(0, self.budget - tried) % (self.search_seeds * self.batch_size)
         return tried + left_over * (self.seed_share > 0)
@@ -247,8 +247,8 @@ def check(config: RunConfig) -> ModelSource:
     if not source.embedded and foreign:
         raise BadInput(
             f"the rewards and the judge of this version know the embedded model's world only, but got reward="
-            f"{shown(config.reward)}, judge={config.judge}, model={config.model!r}; with another model, pass an object "
-            "to ipgo_opt.optimize, a function (file.py:function) or an address."
+            f"{shown(config.reward)}, judge={config.judge}, model={config.model!r}; with another model, give a "
+            "function (file.py:function) or an address, or pass a reward object to ipgo_opt.optimize."
         )
     if config.space == "seeds" and (config.strategy != "random" or config.seed_share != 1):
         raise BadInput(

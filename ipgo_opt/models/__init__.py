@@ -20,7 +20,7 @@ EMBEDDED = {"emoji": Path(__file__).parent / "emoji"}
 """Models inside the package, by name."""
 
 MODELS = {
-    "emoji": "embedded: 32 emoji objects, 4 styles, 17 backgrounds, 64 × 64, runs on a laptop CPU",
+    "emoji": "embedded: 48 emoji objects, 4 styles, 15 backgrounds, 64 × 64, runs on a laptop CPU",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "the paper's model, from the Hugging Face hub or its cache",
 }
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
