@@ -28,7 +28,8 @@ from ipgo_opt.store import to_pil
 MIB = 2**20
 FOLDER = EMBEDDED["emoji"]
 PROMPT = "a fox and a rocket"
-every_reward = pytest.mark.parametrize("name", [*REWARDS, *JUDGES])
+EMBEDDED_REWARDS = [name for name, entry in REWARDS.items() if not getattr(entry, "any_model", False)]
+every_reward = pytest.mark.parametrize("name", [*EMBEDDED_REWARDS, *JUDGES])
 ROOT = str(Path(ipgo_opt.__file__).parent.parent)
 ENV = os.environ | {"PYTHONPATH": os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])}
 
