@@ -172,7 +172,10 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_line_continues(tiny_folder, 
     command = [sys.executable, "-m", "ipgo_opt.cli", *words]
     root = str(Path(ipgo_opt.__file__).parent.parent)
     env = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    process = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
+    )  # fmt: skip
     until = time.monotonic() + 120
     while len(list(tmp_path.glob("out/runs/*/*/report.html"))) < 2:
         assert time.monotonic() < until

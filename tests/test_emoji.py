@@ -176,8 +176,9 @@ def test_ctrl_c_and_resume(tmp_path):
     arguments = ["run", PROMPT, "--budget", "40", "--held-out", "0", "--steps", "2", "--device", "cpu", "--out", "fox"]
     command = [sys.executable, "-m", "ipgo_opt.cli", *arguments]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=ENV
-    ) as process:
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=ENV,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
+    ) as process:  # fmt: skip
         assert process.stderr is not None
         said = ""
         for line in process.stderr:
