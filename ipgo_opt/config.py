@@ -150,6 +150,7 @@ that a person agrees with, where aesthetics alone may be hacked.
 
 BLACK_BOX_DEFAULTS: dict[str, Any] = {
     "budget": 100, "batch_size": 4, "seed_share": 0.33, "basis": "states", "basis_size": 8, "prefix": 2, "suffix": 2,
+    "spread": 0.0,
 }  # fmt: skip
 """What a strategy without gradients wants on every model: few coordinates that are worth searching (32 and 4 angles),
 candidates in batches, and a third of the budget for the seed, the strongest coordinate of all (docs/blackbox.md)."""

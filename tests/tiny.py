@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ipgo_opt.models import EMBEDDED
 from ipgo_opt.models.sampler import Sampler, SamplerSettings
 
 LATENT, PIXELS, WIDTH = 4, 8, 16
@@ -23,10 +22,10 @@ RUN: dict[str, Any] = {
 
 
 def tokenizer() -> Any:
-    """The embedded model's tokenizer."""
+    """A CLIP tokenizer of 830 tokens; its own, so that the weights here don't change with the embedded model's words."""
     from transformers import CLIPTokenizer
 
-    return CLIPTokenizer.from_pretrained(str(EMBEDDED["emoji"] / "tokenizer"))
+    return CLIPTokenizer.from_pretrained(str(Path(__file__).parent / "tokenizer"))
 
 
 def text_config(words: Any, **changed: Any) -> Any:

@@ -178,13 +178,13 @@ class TokenSpace:
                 self.sides[name] = _Side(M, width, shape, generator, given)
 
     def coordinates(self, *, full: bool) -> Coordinates:
-        """Start and bounds of the full or the low-dimensional vector; the latter starts at Z = 0, θ = 0."""
+        """Start and bounds of the full or the low-dimensional vector."""
         start, upper = [], []
         for side in self.sides.values():
             if full:
                 start.append(side.start_basis)
                 upper.append(torch.full_like(side.start_basis, math.inf))
-            start.append(side.start_coefficients * full)
+            start.append(side.start_coefficients)
             upper.append(side.bounds())
         bound = torch.cat(upper)
         return Coordinates(torch.cat(start), -bound, bound)
