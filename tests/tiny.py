@@ -22,7 +22,7 @@ RUN: dict[str, Any] = {
 
 
 def tokenizer() -> Any:
-    """A CLIP tokenizer of 830 tokens; its own, so that the weights here don't change with the embedded model's words."""
+    """A CLIP tokenizer of 830 tokens, on which the random weights here depend (the embedded model's may change)."""
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer.from_pretrained(str(Path(__file__).parent / "tokenizer"))
