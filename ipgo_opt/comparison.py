@@ -29,7 +29,7 @@ from ipgo_opt.config import RunConfig, configure
 from ipgo_opt.errors import BadInput
 from ipgo_opt.run import Result, Silence, optimize, resume
 from ipgo_opt.spaces import SPACES
-from ipgo_opt.store import Store
+from ipgo_opt.store import Store, read_run
 from ipgo_opt.strategies import STRATEGIES
 
 REPEAT_SEEDS = 1000
@@ -162,8 +162,8 @@ def compare(
             made = summary(entries, list(strategies), reference, budget)
             store.write_json("compare.json", made)  # after every run: what is finished is never lost
             store.write_text("compare.csv", table_csv(entries))
-        plot(entries, folder, strategies, budget, store)
-        sheet(cells, folder, strategies, store)
+        plot(entries, strategies, budget, store)
+        sheet(cells, strategies, store)
         return made
     finally:
         store.close()
@@ -171,20 +171,18 @@ def compare(
 
 def measure(cell: Cell, loaded: dict[Any, Any]) -> dict[str, Any]:
     """Runs, continues or reads one cell."""
-    measured = cell.folder / "cost.json"
+    measured, fresh = cell.folder / "cost.json", True
+    _peak_memory(reset=True)
     if (cell.folder / "run.json").exists():
-        found = json.loads((cell.folder / "run.json").read_text())
+        found = read_run(cell.folder)
         if found.get("config") != _json(cell.config):
             raise BadInput(f"{str(cell.folder)!r} holds a run with other settings; choose another output directory.")
         fresh = found["status"] != "finished"
-        memory = _peak_memory(reset=True)
         result = resume(cell.folder, reporter=Silence(), loaded=loaded)
     else:
-        fresh, memory = True, _peak_memory(reset=True)
         result = optimize(cell.prompt, out=cell.folder, loaded=loaded, **_given(cell.config))
     if fresh or not measured.exists():
-        memory = _peak_memory() if fresh else None
-        measured.write_text(json.dumps({"peak_memory_mib": memory}) + "\n")
+        measured.write_text(json.dumps({"peak_memory_mib": _peak_memory() if fresh else None}) + "\n")
     return entry(cell, result) | json.loads(measured.read_text())
 
 
@@ -315,7 +313,7 @@ def table_csv(entries: list[dict[str, Any]]) -> str:
     return out.getvalue()
 
 
-def plot(entries: list[dict[str, Any]], folder: Path, strategies: Sequence[str], budget: int, store: Store) -> None:
+def plot(entries: list[dict[str, Any]], strategies: Sequence[str], budget: int, store: Store) -> None:
     """compare.png: each solver's best reward so far minus the raw prompt's, mean over runs, against images."""
     from matplotlib.figure import Figure
 
@@ -337,7 +335,7 @@ def plot(entries: list[dict[str, Any]], folder: Path, strategies: Sequence[str],
     store.write_bytes("compare.png", buffer.getvalue())
 
 
-def sheet(cells: Sequence[Cell], folder: Path, strategies: Sequence[str], store: Store) -> None:
+def sheet(cells: Sequence[Cell], strategies: Sequence[str], store: Store) -> None:
     """sheet.png: the first repeat's raw image and every solver's best one, a row for each prompt."""
     from PIL import Image, ImageDraw
 

@@ -103,7 +103,8 @@ class Store:
         """Releases the lock."""
         self._lock.close()
 
-    def _replace(self, name: str, data: bytes) -> None:
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Writes a file whole or not at all."""
         temporary = self.folder / f".{name}.tmp"
         with temporary.open("wb") as file:
             file.write(data)
@@ -113,15 +114,11 @@ class Store:
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a JSON file."""
-        self._replace(name, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+        self.write_bytes(name, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a text file."""
-        self._replace(name, text.encode())
-
-    def write_bytes(self, name: str, data: bytes) -> None:
-        """Writes a file."""
-        self._replace(name, data)
+        self.write_bytes(name, text.encode())
 
     def write_image(self, name: str, image: Tensor) -> None:
         """Writes an image (3, H, W) in [0, 1] as PNG."""
@@ -129,12 +126,12 @@ class Store:
 
         buffer = io.BytesIO()
         to_pil(image).save(buffer, "PNG")
-        self._replace(name, buffer.getvalue())
+        self.write_bytes(name, buffer.getvalue())
 
     def write_tensors(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         """Writes a safetensors file."""
         ready = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-        self._replace(name, to_safetensors(ready, metadata))
+        self.write_bytes(name, to_safetensors(ready, metadata))
 
     def read_tensors(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Tensors and metadata of a safetensors file; BadInput if it is damaged."""
@@ -158,7 +155,7 @@ class Store:
         if len(records) < lines:
             raise BadInput(f"{str(path)!r} must hold {lines} records, but it holds {len(records)}.")
         if path.exists() and path.stat().st_size != sum(map(len, kept)):
-            self._replace("history.jsonl", b"".join(kept))
+            self.write_bytes("history.jsonl", b"".join(kept))
         return records
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from training.checkpoint import WORK, Progress, cosine
 from training.muon import Muon
 from training.scenes import load
 from training.tokenizer import LENGTH, tokenizer
-from training.world import COLOURS, DEFECTS, LANDSCAPES, OBJECTS, RELATIONS, STYLES, Scene, caption
+from training.world import BACKGROUNDS, DEFECTS, OBJECTS, RELATIONS, STYLES, Scene, caption
 
 SHAPES = {
     "a": {"width": 128, "text_layers": 4, "vision_layers": 4, "seed": 10},
@@ -38,7 +38,7 @@ MOST_SCALE = math.log(60)
 ATTRIBUTES = ("background", "style", "count", "relation")
 """What a caption's second negative changes; two objects get the relation as often as all others together."""
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "background": (*COLOURS, *LANDSCAPES), "style": ("", *STYLES), "defect": ("", *DEFECTS), "count": (1, 2, 3, 4),
+    "background": BACKGROUNDS, "style": ("", *STYLES), "defect": ("", *DEFECTS), "count": (1, 2, 3, 4),
     "layout": tuple(RELATIONS),
 }  # fmt: skip
 
@@ -80,7 +80,7 @@ def swapped(scene: Scene, attribute: str, rng: np.random.Generator) -> Scene:
         return replace(scene, count=int(other((1, 2, 3, 4), scene.count)), size="")
     if attribute == "style":
         return replace(scene, style=str(other(("", *STYLES), scene.style)))
-    return replace(scene, background=str(other((*COLOURS, *LANDSCAPES), scene.background)))
+    return replace(scene, background=str(other(BACKGROUNDS, scene.background)))
 
 
 def captions_with_negatives(scenes: list[Scene], rng: np.random.Generator) -> list[list[str]]:

@@ -26,21 +26,19 @@ from ipgo_opt.rewards.clip import ClipReward, load_clip, load_judge
 from ipgo_opt.store import to_pil
 from training.clip import swapped
 from training.world import (
-    COLOURS,
+    BACKGROUNDS,
     LANDSCAPES,
     OBJECTS,
     RELATIONS,
     STYLES,
     Scene,
     caption,
-    place,
-    related,
+    positioned,
     render,
     sample_scene,
     shows_background,
-)  # fmt: skip
+)
 
-BACKGROUNDS = (*COLOURS, *LANDSCAPES)
 FIRST_SEED = 20_000_000
 """Noise of the evaluation; neither training nor any search uses it."""
 
@@ -105,11 +103,6 @@ def pairs_right(judge: ClipReward, images: torch.Tensor, scenes: Sequence[Scene]
         scores = judge.encoder.texts([full(replace(scene, objects=pair)) for pair in swaps]) @ embedding
         right.append(int(scores.argmax()) == 0)
     return float(np.mean(right))
-
-
-def positioned(scene: Scene, phrase: int) -> str:
-    """A caption of two objects that names their relation, from the first object (0) or the second (1)."""
-    return " ".join([related(scene, phrase), place(scene.background)])
 
 
 def relations_right(judge: ClipReward, images: torch.Tensor, scenes: Sequence[Scene]) -> float:

@@ -13,23 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from training.scenes import load
-from training.world import (
-    CATEGORIES,
-    COLOURS,
-    LANDSCAPES,
-    OBJECTS,
-    RELATIONS,
-    STYLES,
-    Scene,
-    caption,
-    held_out,
-    place,
-    related,
-)
+from training.world import BACKGROUNDS, CATEGORIES, OBJECTS, RELATIONS, STYLES, Scene, caption, held_out, positioned
 
 COUNT = 60
 FOLDER = Path(__file__).parent.parent / "ipgo_opt" / "prompts"
-BACKGROUNDS = (*COLOURS, *LANDSCAPES)
 
 
 def singles(category: str, rng: np.random.Generator) -> list[str]:
@@ -50,7 +37,7 @@ def pairs(rng: np.random.Generator) -> list[str]:
         first, second = map(str, rng.choice(list(OBJECTS), 2, replace=False))
         scene = Scene((first, second), 1, "", str(rng.choice(BACKGROUNDS)), layout=str(rng.choice(list(RELATIONS))))
         if held_out(scene):
-            named = f"{related(scene, int(rng.integers(2)))} {place(scene.background)}"
+            named = positioned(scene, int(rng.integers(2)))
             out.append(named if len(out) % 2 else caption(scene, rng, full=True))
     return out
 

@@ -50,6 +50,8 @@ LANDSCAPES = {
     "snow": "in the snow", "underwater": "underwater", "desert": "in the desert",
 }  # fmt: skip
 
+BACKGROUNDS = (*COLOURS, *LANDSCAPES)
+
 STYLES = ("pencil sketch", "neon", "faded", "vivid")
 DEFECTS = ("blurry", "noisy")
 """Named in captions for the CLIP models and the aesthetic head only; the image model never trains on them."""
@@ -111,6 +113,11 @@ def subject(scene: Scene, *, size: bool = False, relation: int | None = None) ->
         return f"{NUMBERS[scene.count]} {plural(scene.objects[0])}"
     name = scene.objects[0]
     return article(f"{scene.size} {name}") if size and scene.size else article(name)
+
+
+def positioned(scene: Scene, phrase: int) -> str:
+    """A caption of two objects by their relation (see `related`) and the background."""
+    return f"{related(scene, phrase)} {place(scene.background)}"
 
 
 def place(background: str) -> str:
