@@ -117,13 +117,13 @@ class RunConfig:
 
         return GradientOptions(self.learning_rate, self.decay, self.decay_every, self.max_grad_norm)
 
-    def sampler_settings(self, size: tuple[int, int]) -> SamplerSettings:
-        """How images are made; `size` is the model's own (height, width)."""
+    def sampler_settings(self) -> SamplerSettings:
+        """How images are made."""
         from ipgo_opt.models.sampler import SamplerSettings
 
         return SamplerSettings(
-            self.num_inference_steps, self.guidance_scale, self.height or size[0], self.width or size[1],
-            self.grad_steps, self.negative_prompt,
+            self.num_inference_steps, self.guidance_scale, self.height, self.width, self.grad_steps,
+            self.negative_prompt,
         )  # fmt: skip
 
 

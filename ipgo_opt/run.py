@@ -391,10 +391,7 @@ def _write_best(loop: Loop, space: Any) -> None:
     config, objective = loop.config, loop.objective
     x = None if loop.best_x is None else loop.best_x[None]
     with torch.no_grad():
-        conditioning = objective.applied(x)[0].levelled()
-        tensors = {"prompt_embeds": conditioning.prompt_embeds, **conditioning.extra}
-        if conditioning.negative_prompt_embeds is not None:
-            tensors["negative_prompt_embeds"] = conditioning.negative_prompt_embeds
+        tensors = objective.sampler.tensors(objective.applied(x)[0])
         if x is not None:
             tensors |= {"x": x[0], **space.learned(x[0], full=objective.full)}
     settings = objective.sampler.settings
@@ -406,8 +403,8 @@ def _write_best(loop: Loop, space: Any) -> None:
         "scheduler": type(objective.sampler.pipeline.scheduler).__name__,
         "num_inference_steps": settings.num_inference_steps,
         "guidance_scale": settings.guidance_scale,
-        "height": settings.height,
-        "width": settings.width,
+        "height": objective.sampler.size[0],
+        "width": objective.sampler.size[1],
         "seed": loop.seeds[0],
         "reward": shown(config.reward),
         "ipgo_opt": __version__,

@@ -87,7 +87,7 @@ def _cached_class_name(hub_id: str) -> str | None:
 def _check_class(class_name: str) -> None:
     import diffusers
 
-    from ipgo_opt.models.sampler import unsupported
+    from ipgo_opt.models.interface import unsupported
 
     pipeline_class = getattr(diffusers, class_name, None)
     if pipeline_class is None:
@@ -99,7 +99,7 @@ def _check_class(class_name: str) -> None:
 
 def load(
     source: ModelSource,
-    settings: Callable[[tuple[int, int]], SamplerSettings],
+    settings: Callable[[], SamplerSettings],
     *,
     device: str,
     dtype: str,
@@ -137,14 +137,12 @@ def load_pipeline(source: ModelSource, device: str, dtype: str) -> Any:
     return pipeline.to(device)
 
 
-def make_sampler(
-    pipeline: Any, settings: Callable[[tuple[int, int]], SamplerSettings], *, scheduler: str, chunk: int
-) -> Sampler:
+def make_sampler(pipeline: Any, settings: Callable[[], SamplerSettings], *, scheduler: str, chunk: int) -> Sampler:
     """The sampler on a loaded pipeline, with counters at zero.
 
     Args:
         pipeline: what `load_pipeline` gave.
-        settings: makes the sampler's settings from the model's own (height, width) in pixels.
+        settings: makes the sampler's settings.
         scheduler: a scheduler class of diffusers, "" for the model's own.
         chunk: most images per pipeline call.
 
@@ -156,5 +154,4 @@ def make_sampler(
     pipeline.scheduler = pipeline.own_scheduler
     if scheduler:
         pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.own_scheduler.config)
-    side = (getattr(pipeline, "unet", None) or pipeline.transformer).config.sample_size * pipeline.vae_scale_factor
-    return Sampler(pipeline, settings((side, side)), chunk)
+    return Sampler(pipeline, settings(), chunk)
