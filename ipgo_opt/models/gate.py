@@ -71,6 +71,7 @@ class Gate:
         self.shadows = (
             shadowed(denoiser(self.pipeline), "forward", self._gated),
             shadowed(self.pipeline.scheduler, "step", self._counted),
+            shadowed(self.pipeline, "encode_prompt", self._undecorated),
         )
         for shadow in self.shadows:
             shadow.__enter__()
@@ -86,6 +87,11 @@ class Gate:
             return step(*args, **kwargs)
 
         return counted
+
+    def _undecorated(self, encode: Callable[..., Any]) -> Callable[..., Any]:
+        """`encode_prompt`, through which given embeddings pass, without the `no_grad` that some pipelines put on it."""
+        inner = getattr(encode, "__wrapped__", None)
+        return lambda *args, **kwargs: encode(*args, **kwargs) if inner is None else inner(self.pipeline, *args, **kwargs)
 
     def _differentiated(self) -> bool:
         scheduler = self.pipeline.scheduler

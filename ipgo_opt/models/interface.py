@@ -24,6 +24,9 @@ BESIDE_TEXT = {
 }
 """Arguments of `__call__` that stand for an input or an output of another kind, and what they mean."""
 
+ONE_IMAGE_PER_CALL = frozenset({"PRXPipeline"})
+"""Classes that fail on a batch with guidance: PRX's timestep has two entries, one per half, whatever the batch."""
+
 
 def text_to_image() -> dict[str, type]:
     """The classes of diffusers' automatic text-to-image mapping, by model type."""
@@ -84,6 +87,7 @@ class Interface:
         mask: the argument that says which states are read, or "".
         equal_lengths: whether `__call__` refuses halves of different lengths.
         reads: most tokens of a prompt that it reads, as far as `__call__` limits them.
+        batches: whether one call makes several images.
 
     """
 
@@ -96,6 +100,7 @@ class Interface:
     mask: str
     equal_lengths: bool
     reads: float
+    batches: bool
 
     @classmethod
     def of(cls, pipeline_class: Any) -> Interface:
@@ -119,6 +124,7 @@ class Interface:
             mask=masks[0] if masks and masks[0] in call else "",
             equal_lengths=checks is not None and "prompt_embeds.shape != negative" in inspect.getsource(checks),
             reads=defaults.get("max_sequence_length") or float("inf"),
+            batches=pipeline_class.__name__ not in ONE_IMAGE_PER_CALL,
         )
 
     def named(self, results: Any, n: int) -> dict[str, Any]:
@@ -143,7 +149,7 @@ class Interface:
         touched = ("prompt_embeds", self.mask)
         kept = sorted(
             name for name in self.arguments
-            if ("prompt_embeds" in name or name.endswith("_2") and "mask" in name)
+            if ("prompt_embeds" in name or (name.endswith("_2") and "mask" in name))
             and not name.startswith("negative_") and name not in touched
         )  # fmt: skip
         negative = "negative_prompt_embeds" in self.arguments

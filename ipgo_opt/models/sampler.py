@@ -54,7 +54,7 @@ WORD = re.compile(r"(?P<start>[▁Ġ])?(?P<word>[a-z]{3,})(?(start)|</w>)")
 """Tokens of a vocabulary that are whole words: `word</w>` in CLIP's, `▁word` or `Ġword` in those of language models."""
 
 
-class _Encoded(Exception):  # noqa: N818
+class _Encoded(Exception):
     """Ends a pipeline call as soon as the prompt is encoded."""
 
 
@@ -114,13 +114,20 @@ class _Packing:
 
     def closed(self, states: Tensor) -> Any:
         """Embeddings (B, L, d) as the pipeline takes them."""
-        states = states.unflatten(-1, self.state)
+        states = states.view(*states.shape[:2], *self.state)
         if not self.lists:
             return states
         rows: list[Any] = list(states.unbind())
         for _ in range(self.lists - 1):
             rows = [[row] for row in rows]
         return rows
+
+
+def _per_state(mask: Tensor | None, states: Tensor | None) -> Tensor | None:
+    """A mask with one entry per state (B, L); AuraFlow's has one per coordinate of a state, (B, L · d)."""
+    if mask is None or states is None:
+        return None
+    return mask.reshape(*states.shape[:2], -1)[..., 0]
 
 
 class Sampler:
@@ -141,7 +148,7 @@ class Sampler:
 
     def __init__(self, pipeline: Any, settings: SamplerSettings, chunk: int = 8) -> None:
         self.interface = Interface.of(type(pipeline))
-        self.pipeline, self.settings, self.chunk = pipeline, settings, chunk
+        self.pipeline, self.settings, self.chunk = pipeline, settings, chunk if self.interface.batches else 1
         undecorated: Any = type(pipeline).__call__
         self.call = undecorated.__wrapped__
         self.images = self.denoiser_calls = 0
@@ -165,22 +172,23 @@ class Sampler:
         if states is None:
             raise BadInput(f"{type(self.pipeline).__name__} encoded {prompt!r} into nothing.")
         negative = named.pop("negative_prompt_embeds", None)
+        negative = None if negative is None else packing.opened(negative)
         return Conditioning(
             states,
-            None if negative is None else packing.opened(negative),
-            mask=named.pop(self.interface.mask, None),
-            negative_mask=named.pop(f"negative_{self.interface.mask}", None),
+            negative,
+            mask=_per_state(named.pop(self.interface.mask, None), states),
+            negative_mask=_per_state(named.pop(f"negative_{self.interface.mask}", None), negative),
             extra={name: value for name, value in named.items() if isinstance(value, Tensor)},
             fixed_length=hasattr(denoiser(self.pipeline).config, "text_len"),
         )
 
     def _listen(self, prompt: str) -> _Heard:
         """Runs the pipeline on a prompt until its first denoiser call."""
-        heard, interface = _Heard(), self.interface
-        negative = self.settings.negative_prompt or ("" if interface.guidance == "true_cfg_scale" else None)
-        if self.settings.true_cfg_scale > 1:
-            negative = negative or ""
-        texts = {"prompt": prompt} | ({"negative_prompt": negative} if "negative_prompt" in interface.arguments else {})
+        heard, settings = _Heard(), self.settings
+        texts = {"prompt": prompt}
+        true_cfg = self.interface.guidance == "true_cfg_scale" or settings.true_cfg_scale > 1
+        if settings.negative_prompt or true_cfg:  # which some pipelines take for off until they are given a prompt
+            texts["negative_prompt"] = settings.negative_prompt
         with (
             shadowed(self.pipeline, "encode_prompt", heard.listening),
             shadowed(denoiser(self.pipeline), "forward", heard.stopping),
@@ -279,7 +287,8 @@ class Sampler:
 
     def tensors(self, conditioning: Conditioning) -> dict[str, Tensor]:
         """The conditioning by the names of the pipeline's arguments; both halves equally long where they have to be."""
-        if self.interface.equal_lengths or (conditioning.negative_prompt_embeds is not None and self._heard.batch > 1):
+        in_one_tensor = self._heard.batch > 1 and not self._packing.lists
+        if self.interface.equal_lengths or in_one_tensor:
             conditioning = conditioning.levelled()
         named = {
             "prompt_embeds": conditioning.prompt_embeds,
@@ -295,6 +304,8 @@ class Sampler:
             name: self._packing.closed(tensor) if name in STATES else tensor
             for name, tensor in self.tensors(conditioning).items()
         }
+        if "negative_prompt" in self.interface.arguments:
+            packed["negative_prompt"] = None  # "" by default in some pipelines
         searched = [tensor for tensor in tensors(packed) if tensor.requires_grad]
         gate = Gate(self.pipeline, self.settings.grad_steps if gradient else 0, len(seeds), searched)
         with gate, nullcontext() if gradient else torch.no_grad():
