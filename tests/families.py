@@ -260,7 +260,10 @@ def z_image() -> Any:
     for token in (transformer.x_pad_token, transformer.cap_pad_token):
         torch.nn.init.normal_(token)  # the class leaves them as memory was
     return diffusers.ZImagePipeline(
-        transformer=transformer, vae=flux_vae(latent_channels=4), scheduler=flow(), tokenizer=tokenizer(),
+        transformer=transformer,
+        vae=flux_vae(latent_channels=4),
+        scheduler=flow(),
+        tokenizer=tokenizer(),
         text_encoder=language_model("Qwen3Model"),
     )
 

@@ -91,7 +91,9 @@ class Gate:
     def _undecorated(self, encode: Callable[..., Any]) -> Callable[..., Any]:
         """`encode_prompt`, through which given embeddings pass, without the `no_grad` that some pipelines put on it."""
         inner = getattr(encode, "__wrapped__", None)
-        return lambda *args, **kwargs: encode(*args, **kwargs) if inner is None else inner(self.pipeline, *args, **kwargs)
+        return lambda *args, **kwargs: (
+            encode(*args, **kwargs) if inner is None else inner(self.pipeline, *args, **kwargs)
+        )
 
     def _differentiated(self) -> bool:
         scheduler = self.pipeline.scheduler

@@ -288,7 +288,7 @@ class Sampler:
     def tensors(self, conditioning: Conditioning) -> dict[str, Tensor]:
         """The conditioning by the names of the pipeline's arguments; both halves equally long where they have to be."""
         in_one_tensor = self._heard.batch > 1 and not self._packing.lists
-        if self.interface.equal_lengths or in_one_tensor:
+        if self.interface.equal_lengths or in_one_tensor or conditioning.mask is not None:  # masked padding is not read
             conditioning = conditioning.levelled()
         named = {
             "prompt_embeds": conditioning.prompt_embeds,
