@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ipgo_opt.errors import BadInput
-from ipgo_opt.models import ModelSource, resolve
+from ipgo_opt.models import ModelSource, memory, resolve
 from ipgo_opt.spaces import BASES, SPACES
 from ipgo_opt.strategies import STRATEGIES
 
@@ -30,7 +30,11 @@ class RunConfig:
 
     Attributes:
         prompt: the raw prompt C; rewards always score images against it.
-        model: "emoji", a diffusers folder or a hub id.
+        model: "emoji", a diffusers folder, a checkpoint in one safetensors file or a hub id.
+        revision: branch, tag or commit of a hub id, "" for the main one.
+        variant: which files of the model, for example "fp16"; "" for the plain ones.
+        model_config: folder or hub id of the configuration that a checkpoint in one file lacks; "" to infer it.
+        trust_remote_code: whether code that the model brings may run.
         space: what is searched.
         strategy: how it is searched.
         reward: name or weighted sum of rewards; larger is better.
@@ -42,7 +46,8 @@ class RunConfig:
             searched on (0: the first ones; 1: nothing but seeds, best-of-n).
         held_out: fresh seeds for the verdict, raw and optimized (0 to skip it).
         num_inference_steps: sampler steps T.
-        guidance_scale: weight of classifier-free guidance.
+        guidance_scale: weight of guidance, classifier-free or distilled, whichever the pipeline has.
+        true_cfg_scale: weight of classifier-free guidance on top, in pipelines whose guidance is a distilled one.
         height, width: image size in pixels; 0 for the model's own.
         scheduler: a diffusers scheduler class, "" for the model's own.
         negative_prompt: prompt of the unconditional half.
@@ -60,11 +65,17 @@ class RunConfig:
         chunk: most images per pipeline call.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         dtype: "auto" (float32 on the CPU, float16 elsewhere) or one of float32, float16, bfloat16.
+        memory: levers that save memory, separated by commas: see models/memory.py.
+        low_memory: whether to pull those that leave the image as it is.
 
     """
 
     prompt: str
     model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    revision: str = ""
+    variant: str = ""
+    model_config: str = ""
+    trust_remote_code: bool = False
     space: str = "tokens"
     strategy: str = "gradient"
     reward: str = "clip"
@@ -76,6 +87,7 @@ class RunConfig:
     held_out: int = 8
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
+    true_cfg_scale: float = 1.0
     height: int = 0
     width: int = 0
     scheduler: str = "LMSDiscreteScheduler"
@@ -97,6 +109,22 @@ class RunConfig:
     chunk: int = 8
     device: str = "auto"
     dtype: str = "auto"
+    memory: str = ""
+    low_memory: bool = False
+
+    def model_source(self) -> ModelSource:
+        """The model, found and checked but not loaded."""
+        return resolve(
+            self.model, revision=self.revision, variant=self.variant, remote_code=self.trust_remote_code,
+            config=self.model_config,
+        )  # fmt: skip
+
+    def memory_levers(self) -> tuple[str, ...]:
+        """The levers to pull; BadInput for one that does not exist or does not go with the strategy."""
+        levers = memory.parse(self.memory, low=self.low_memory)
+        if self.strategy == "gradient" and memory.NO_GRADIENT & set(levers):
+            raise BadInput(f"memory lever {min(memory.NO_GRADIENT & set(levers))!r} does not go with a gradient.")
+        return levers
 
     @property
     def tried_seeds(self) -> int:
@@ -123,7 +151,7 @@ class RunConfig:
 
         return SamplerSettings(
             self.num_inference_steps, self.guidance_scale, self.height, self.width, self.grad_steps,
-            self.negative_prompt,
+            self.negative_prompt, self.true_cfg_scale,
         )  # fmt: skip
 
 
@@ -147,6 +175,14 @@ of a small norm draw attention away from the prompt, four do so less; the sum of
 that a person agrees with, where aesthetics alone may be hacked.
 """
 
+PAPER_CLASS = "StableDiffusionPipeline"
+"""The pipeline of the paper's model; every other one starts from its own steps, guidance and scheduler."""
+
+PIPELINES_OWN = ("scheduler", "num_inference_steps", "guidance_scale")
+
+FEW_STEPS = {"stabilityai/sd-turbo": 1, "stabilityai/sdxl-turbo": 1, "black-forest-labs/FLUX.1-schnell": 4}
+"""Sampler steps of models that were distilled to few of them and to no guidance; their pipelines do not say so."""
+
 
 BLACK_BOX_DEFAULTS: dict[str, Any] = {
     "budget": 100, "batch_size": 4, "seed_share": 0.33, "basis": "states", "basis_size": 8, "prefix": 2, "suffix": 2,
@@ -157,6 +193,22 @@ candidates in batches, and a third of the budget for the seed, the strongest coo
 
 BLACK_BOX_SCALES = {"emoji": 4.0}
 """Factor on the tokens for black boxes, by model: the states of its text encoder are that large."""
+
+
+def pipeline_defaults(chosen: dict[str, Any]) -> dict[str, Any]:
+    """Steps, guidance and scheduler as the pipeline of a model has them, unless it is the paper's."""
+    if chosen["model"] in FEW_STEPS:
+        return {"scheduler": "", "num_inference_steps": FEW_STEPS[chosen["model"]], "guidance_scale": 0.0}
+    named = {field.name: chosen[field.name] for field in dataclasses.fields(RunConfig) if field.name in chosen}
+    class_name = RunConfig("", **named).model_source().class_name
+    if class_name in (None, PAPER_CLASS):
+        return {}
+    import diffusers
+
+    from ipgo_opt.models.interface import Interface
+
+    interface = Interface.of(getattr(diffusers, class_name))
+    return {"scheduler": "", "num_inference_steps": interface.steps, "guidance_scale": interface.scale}
 
 
 def configure(prompt: str, **given: Any) -> RunConfig:
@@ -172,7 +224,7 @@ def configure(prompt: str, **given: Any) -> RunConfig:
     model = chosen.setdefault("model", "emoji")
     if not isinstance(model, str):
         raise BadInput(f"model must be a name, a folder or a hub id, but got {model!r}.")
-    defaults = dict(MODEL_DEFAULTS.get(model, {}))
+    defaults = dict(MODEL_DEFAULTS[model]) if model in MODEL_DEFAULTS else pipeline_defaults(chosen)
     if chosen.get("space") == "seeds":
         defaults |= {"strategy": "random", "seed_share": 1.0}
     elif chosen.get("strategy", "gradient") != "gradient":
@@ -204,7 +256,17 @@ def check(config: RunConfig) -> ModelSource:
         config, budget=1, seed=0, search_seeds=1, held_out=0, num_inference_steps=1, height=0, width=0, grad_steps=1,
         prefix=0, suffix=0, basis_size=1, decay_every=1, batch_size=1, chunk=1,
     )  # fmt: skip
-    for name in ("guidance_scale", "seed_share", "gamma", "scale", "spread", "learning_rate", "decay", "max_grad_norm"):
+    for name in (
+        "guidance_scale",
+        "true_cfg_scale",
+        "seed_share",
+        "gamma",
+        "scale",
+        "spread",
+        "learning_rate",
+        "decay",
+        "max_grad_norm",
+    ):
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
             raise BadInput(f"`{name} >= 0` must hold for a finite number, but got {name}={value!r}.")
@@ -243,7 +305,8 @@ def check(config: RunConfig) -> ModelSource:
     check_basis(config)
     config.gradient_options()
     check_device(config.device, config.dtype)
-    source = resolve(config.model)
+    config.memory_levers()
+    source = config.model_source()
     foreign = (reward is not None and not reward.any_model) or config.judge != "none"
     if not source.embedded and foreign:
         raise BadInput(

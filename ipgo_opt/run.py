@@ -23,7 +23,7 @@ from ipgo_opt import __version__
 from ipgo_opt.config import FIRST_HELD_OUT_SEED, RunConfig, check, check_device, configure
 from ipgo_opt.errors import BadInput, RunFailed
 from ipgo_opt.loop import Loop, Reporter, finite
-from ipgo_opt.models import load_pipeline, make_sampler, resolve
+from ipgo_opt.models import load_pipeline, make_sampler
 from ipgo_opt.objective import Evaluation, Objective
 from ipgo_opt.rewards import JUDGES
 from ipgo_opt.rewards.base import Reward, RewardFailed, Term, WeightedSum, prepare, shown
@@ -254,7 +254,7 @@ def _prepare(config: RunConfig, custom: Reward | None, loaded: dict[Any, Any]) -
             f"strategy {config.strategy!r} needs a differentiable reward, but {shown(config.reward)} is not."
         )
     judge = None if config.judge == "none" else once(JUDGES.load(config.judge), device)
-    pipeline = once(load_pipeline, resolve(config.model), device, dtype)
+    pipeline = once(load_pipeline, config.model_source(), device, dtype, config.memory_levers())
     sampler = make_sampler(pipeline, config.sampler_settings, scheduler=config.scheduler, chunk=config.chunk)
     space = SPACES.load(config.space)(sampler.width, config.token_shape(), config.seed, _directions(config, sampler))
     return _Parts(strategy_class, reward, judge, sampler, space)
@@ -400,6 +400,7 @@ def _write_best(loop: Loop, space: Any) -> None:
         "prompt": config.prompt,
         "negative_prompt": config.negative_prompt,
         "model": config.model,
+        "revision": config.revision,
         "scheduler": type(objective.sampler.pipeline.scheduler).__name__,
         "num_inference_steps": settings.num_inference_steps,
         "guidance_scale": settings.guidance_scale,

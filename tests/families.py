@@ -17,7 +17,7 @@ WIDTH = 16
 
 FAMILIES: dict[str, Callable[[], Any]] = {}
 SIZES = {"sana": 32, "lumina_2": 64}
-"""Side that is asked for where it is not 16 (Sana wants multiples of 32, Lumina 2 divides by 8 whatever its VAE does)."""
+"""Side that is asked for where it is not 16: Sana wants multiples of 32, Lumina 2 divides by 8 whatever its VAE."""
 
 NEEDS = {"krea_2": "accelerate"}
 """What has to be installed to load one from disk."""

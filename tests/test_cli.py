@@ -146,9 +146,9 @@ def test_help_shows_every_setting_and_its_default(command):
     assert code == 0
     for shown in (
         "[default: 0.02 for emoji, 0.001 for other models]",
-        "[default: 20 for emoji, 50 for other models]",
+        "[default: 20 for emoji, 50 for Stable Diffusion 1 and 2, the pipeline's own elsewhere]",
         "[default: clip+0.2*aesthetic for emoji, clip for other models]",
-        "[default: the model's own for emoji, LMSDiscreteScheduler for other models]",
+        "[default: the model's own for emoji, LMSDiscreteScheduler for Stable Diffusion 1 and 2, ",
         "The unconditional prompt. [default: none]",
         "[default: gradient]",
         "[default: emoji]",
@@ -171,7 +171,7 @@ BAD = [
     ([*FOX, "--model", "nowhere"], "model must be one of .*'nowhere'"),
     ([*FOX, "--model", "some/hub-model"], "hf download some/hub-model"),
     ([*FOX, "--model", "EMPTY"], r"no model_index\.json"),
-    ([*FOX, "--model", "FILE"], "is a file"),
+    ([*FOX, "--model", "FILE"], "must be a safetensors file"),
     ([*FOX, "--budget", "-3"], "budget=-3"),
     ([*FOX, "--budget", "1"], "budget=1"),
     ([*FOX, "--held-out", "-1"], "held_out=-1"),

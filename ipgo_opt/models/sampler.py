@@ -196,6 +196,8 @@ class Sampler:
             try:
                 self.call(self.pipeline, **texts, **self._arguments([0]))
             except _Encoded:
+                for hook in getattr(self.pipeline, "text_hooks", ()):
+                    hook.offload()
                 return heard
         raise BadInput(f"{type(self.pipeline).__name__} made an image without calling its denoiser.")
 
