@@ -29,7 +29,7 @@ from ipgo_opt.config import RunConfig, configure
 from ipgo_opt.errors import BadInput
 from ipgo_opt.run import Result, Silence, optimize, resume
 from ipgo_opt.spaces import SPACES
-from ipgo_opt.store import Store, read_run
+from ipgo_opt.store import Store, read_run, write_whole
 from ipgo_opt.strategies import STRATEGIES
 
 REPEAT_SEEDS = 1000
@@ -182,7 +182,7 @@ def measure(cell: Cell, loaded: dict[Any, Any]) -> dict[str, Any]:
     else:
         result = optimize(cell.prompt, out=cell.folder, loaded=loaded, **_given(cell.config))
     if fresh or not measured.exists():
-        measured.write_text(json.dumps({"peak_memory_mib": _peak_memory() if fresh else None}) + "\n")
+        write_whole(measured, json.dumps({"peak_memory_mib": _peak_memory() if fresh else None}).encode())
     return entry(cell, result) | json.loads(measured.read_text())
 
 

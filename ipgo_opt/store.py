@@ -81,6 +81,16 @@ def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
     return value
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
 class Store:
     """One run directory, locked while it is open.
 
@@ -105,12 +115,7 @@ class Store:
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Writes a file whole or not at all."""
-        temporary = self.folder / f".{name}.tmp"
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.folder / name)
+        write_whole(self.folder / name, data)
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a JSON file."""
