@@ -82,13 +82,6 @@ def number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def difference(value: dict[str, Any] | None) -> str:
-    """A paired difference with its interval."""
-    if value is None or value["mean"] is None:
-        return "–"
-    return f"{value['mean']:+.3f}" + (" [{:+.3f}, {:+.3f}]".format(*value["interval"]) if value["interval"] else "")
-
-
 def main() -> None:
     """Runs one part and writes its page."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -99,6 +92,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
     from ipgo_opt.comparison import paired
+    from ipgo_opt.display import difference
 
     cells = [
         (reward, label, args.runs / args.part / reward / f"{label or 'all'}-{k}", prompt, solvers, settings)
@@ -137,18 +131,18 @@ def main() -> None:
                 values = [run[field] for run in own if run[field] is not None]
                 return sum(values) / len(values) if values else None
 
-            gap = None if name == reference else paired(runs, name, reference, "best")
+            gap = "–" if name == reference else difference(paired(runs, name, reference, "best"), 3)
             cells_of_row = [
                 name, number(mean("raw")), number(mean("seed_reward")),
-                *(number(mean(f"best_at_{share}")) for share in ("25%", "50%", "100%")), difference(gap),
+                *(number(mean(f"best_at_{share}")) for share in ("25%", "50%", "100%")), gap,
                 number(mean("held_out_raw")), number(mean("held_out")), number(mean("judge_raw")),
                 number(mean("judge")), number(mean("seconds"), 0),
             ]  # fmt: skip
             lines.append("| " + " | ".join(cells_of_row) + " |")
         if args.part == "solvers":
-            lines += ["", "Minus best-of-100 seeds: " + "; ".join(
-                f"{solver} {difference(paired(runs, solver, 'seeds', 'best'))}" for solver in ("bayes", "cma", "random")
-            ) + "."]  # fmt: skip
+            gaps = {name: paired(runs, name, "seeds", "best") for name in ("bayes", "cma", "random")}
+            said = "; ".join(f"{name} {difference(gap, 3)}" for name, gap in gaps.items())
+            lines += ["", f"Minus best-of-100 seeds: {said}."]
     page = args.out / f"blackbox-{args.part}.md"
     page.write_text("\n".join(lines) + "\n")
     print(page.read_text())

@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import IO, Any
@@ -79,6 +80,11 @@ def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, list):
         return [unpack(inner, tensors) for inner in value]
     return value
+
+
+def slug(text: str) -> str:
+    """A file name that reads like the text: letters a to z, digits and hyphens, at most 40; "run" if none is left."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "run"
 
 
 def write_whole(path: Path, data: bytes) -> None:
