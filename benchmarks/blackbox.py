@@ -23,16 +23,21 @@ PROMPTS = (
 )  # fmt: skip
 REWARDS = ("aesthetic", "jpeg-incompressibility")
 SOLVERS = ("bayes", "cma", "random", "seeds")
+LEARNED = "learned"
 BASES = {
-    "random, scale 1": {"basis": "random", "scale": 1.0},
-    "random, scale 4": {"basis": "random", "scale": 4.0},
+    "random, scale 4": {"basis": "random"},
     "states, scale 2": {"basis": "states", "scale": 2.0},
-    "states, scale 4": {"basis": "states", "scale": 4.0},
+    "states, scale 4": {"basis": "states"},
     "states, scale 8": {"basis": "states", "scale": 8.0},
-    "states, scale 4, N = 4": {"basis": "states", "scale": 4.0, "basis_size": 4},
-    "states, scale 4, N = 16": {"basis": "states", "scale": 4.0, "basis_size": 16},
+    "states, scale 4, N = 16": {"basis": "states", "basis_size": 16},
+    "learned on the aesthetic reward, scale 4": {"basis": LEARNED},
 }
+"""Settings of the tokens; the learned basis costs a gradient run of 51 images beforehand."""
 SHARES = (0.0, 0.16, 0.33, 0.5, 0.75)
+PARTS: dict[str, dict[str, Any]] = {"solvers": {}, "bases": {"held_out": 0}, "shares": {"held_out": 0}}
+"""What is measured, and its settings: bases and shares are chosen by the search reward."""
+REFERENCES = {"solvers": "random", "bases": "random, scale 4", "shares": "seed share 0.0"}
+"""Which row of a part the others are compared with."""
 
 
 def variants(part: str, reward: str) -> Iterator[tuple[str, tuple[str, ...], dict[str, Any]]]:
@@ -41,20 +46,35 @@ def variants(part: str, reward: str) -> Iterator[tuple[str, tuple[str, ...], dic
         yield "", (*SOLVERS, "gradient") if reward == "aesthetic" else SOLVERS, {}
     elif part == "bases":
         for label, settings in BASES.items():
-            yield label, ("cma", "random"), settings
+            yield label, ("cma",), settings
     else:
         for share in SHARES:
-            yield f"seed share {share}", ("bayes", "cma", "random"), {"seed_share": share}
+            yield f"seed share {share}", ("cma",), {"seed_share": share}
 
 
-def one(folder: Path, prompts: tuple[str, ...], solvers: tuple[str, ...], settings: dict[str, Any]) -> dict[str, Any]:
+def one(folder: Path, prompt: str, solvers: tuple[str, ...], settings: dict[str, Any]) -> dict[str, Any]:
     """One comparison on one thread."""
     import torch
 
     from ipgo_opt.comparison import compare
 
     torch.set_num_threads(1)
-    return compare(prompts, solvers, out=folder, reference="random", budget=100, **settings)
+    if settings.get("basis") == LEARNED:
+        settings = settings | {"basis": str(learned(folder.with_name(f"{folder.name}-learned"), prompt))}
+    return compare([prompt], solvers, out=folder, reference=solvers[0], budget=100, **settings)
+
+
+def learned(folder: Path, prompt: str) -> Path:
+    """A finished gradient run on the aesthetic reward, with the shape of tokens that black boxes have."""
+    from ipgo_opt.config import BLACK_BOX_DEFAULTS
+    from ipgo_opt.run import optimize, resume
+
+    shape = {name: BLACK_BOX_DEFAULTS[name] for name in ("prefix", "suffix", "basis_size")}
+    if (folder / "run.json").exists():
+        resume(folder)
+    else:
+        optimize(prompt, strategy="gradient", reward="aesthetic", out=folder, held_out=0, **shape)
+    return folder
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -62,75 +82,67 @@ def number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def difference(value: dict[str, Any] | None) -> str:
-    """A paired difference with its interval."""
-    if value is None or value["mean"] is None:
-        return "–"
-    return f"{value['mean']:+.3f}" + (" [{:+.3f}, {:+.3f}]".format(*value["interval"]) if value["interval"] else "")
-
-
 def main() -> None:
     """Runs one part and writes its page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("solvers", "bases", "shares"))
+    parser.add_argument("part", choices=PARTS)
     parser.add_argument("--runs", type=Path, default=Path("runs/blackbox"))
     parser.add_argument("--out", type=Path, default=Path("docs"))
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
     from ipgo_opt.comparison import paired
+    from ipgo_opt.display import difference
 
     cells = [
-        (reward, label, args.runs / args.part / reward / f"{label or 'all'}-{k}", (prompt,), solvers, settings)
+        (reward, label, args.runs / args.part / reward / f"{label or 'all'}-{k}", prompt, solvers, settings)
         for reward in REWARDS
         for label, solvers, settings in variants(args.part, reward)
         for k, prompt in enumerate(PROMPTS[: args.prompts])
     ]
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
         done = [
-            pool.submit(one, folder, prompts, solvers, {"reward": reward, **settings})
-            for reward, _, folder, prompts, solvers, settings in cells
+            pool.submit(one, folder, prompt, solvers, PARTS[args.part] | settings | {"reward": reward})
+            for reward, _, folder, prompt, solvers, settings in cells
         ]
         made = [future.result() for future in done]
+    reference = REFERENCES[args.part]
     lines = [
         f"<!-- python -m benchmarks.blackbox {args.part} --prompts {args.prompts} -->",
-        f"{args.prompts} prompts, 100 images each, held out on 8 fresh seeds; means over prompts, differences to "
-        "random search over the same coordinates (for `seeds`: the same) with 95 % bootstrap intervals over prompts.",
+        f"{args.prompts} prompts, 100 images each; means over prompts, differences to `{reference}` paired by prompt, "
+        "with 95 % bootstrap intervals over the prompts. Held out: 8 fresh seeds.",
     ]
     for reward in REWARDS:
         lines += [
             "", f"## {reward}", "",
-            "| setting | solver | raw | after the seeds | best at 25 | at 50 | at 100 | minus random | held out, raw | "
-            "held out | judge, raw | judge | seconds |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+            f"| | raw | after the seeds | best at 25 | at 50 | at 100 | minus {reference} | held out, raw | held out | "
+            "judge, raw | judge | seconds |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]  # fmt: skip
-        for label, solvers, _ in variants(args.part, reward):
-            runs = [
-                run for cell, result in zip(cells, made, strict=True) if cell[:2] == (reward, label)
-                for run in result["runs"]
+        runs = [
+            run | {"solver": label or run["solver"]}
+            for (of, label, *_), result in zip(cells, made, strict=True) if of == reward
+            for run in result["runs"]
+        ]  # fmt: skip
+        for name in dict.fromkeys(run["solver"] for run in runs):
+            own = [run for run in runs if run["solver"] == name]
+
+            def mean(field: str, own: list[dict[str, Any]] = own) -> float | None:
+                values = [run[field] for run in own if run[field] is not None]
+                return sum(values) / len(values) if values else None
+
+            gap = "–" if name == reference else difference(paired(runs, name, reference, "best"), 3)
+            cells_of_row = [
+                name, number(mean("raw")), number(mean("seed_reward")),
+                *(number(mean(f"best_at_{share}")) for share in ("25%", "50%", "100%")), gap,
+                number(mean("held_out_raw")), number(mean("held_out")), number(mean("judge_raw")),
+                number(mean("judge")), number(mean("seconds"), 0),
             ]  # fmt: skip
-            for solver in solvers:
-                own = [run for run in runs if run["solver"] == solver]
-
-                def mean(name: str, own: list[dict[str, Any]] = own) -> float | None:
-                    values = [run[name] for run in own if run[name] is not None]
-                    return sum(values) / len(values) if values else None
-
-                gap = None if solver == "random" else paired(runs, solver, "random", "best")
-                cells_of_row = [
-                    label or "default", solver, number(mean("raw")), number(mean("seed_reward")),
-                    *(number(mean(f"best_at_{share}")) for share in ("25%", "50%", "100%")), difference(gap),
-                    number(mean("held_out_raw")), number(mean("held_out")), number(mean("judge_raw")),
-                    number(mean("judge")), number(mean("seconds"), 0),
-                ]  # fmt: skip
-                lines.append("| " + " | ".join(cells_of_row) + " |")
+            lines.append("| " + " | ".join(cells_of_row) + " |")
         if args.part == "solvers":
-            runs = [
-                run for cell, result in zip(cells, made, strict=True) if cell[0] == reward for run in result["runs"]
-            ]
-            lines += ["", "Minus best-of-100 seeds: " + "; ".join(
-                f"{solver} {difference(paired(runs, solver, 'seeds', 'best'))}" for solver in ("bayes", "cma", "random")
-            ) + "."]  # fmt: skip
+            gaps = {name: paired(runs, name, "seeds", "best") for name in ("bayes", "cma", "random")}
+            said = "; ".join(f"{name} {difference(gap, 3)}" for name, gap in gaps.items())
+            lines += ["", f"Minus best-of-100 seeds: {said}."]
     page = args.out / f"blackbox-{args.part}.md"
     page.write_text("\n".join(lines) + "\n")
     print(page.read_text())

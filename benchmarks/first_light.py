@@ -30,12 +30,6 @@ PROMPTS = (
 REWARDS = ("clip", "aesthetic")
 
 
-def interval(values: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean."""
-    means = rng.choice(values, (10_000, len(values))).mean(1)
-    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
-
-
 def cell(folder: Path, prompt: str, reward: str, settings: dict[str, Any]) -> dict[str, Any]:
     """One run; resumed if it was stopped, read if it is finished."""
     import torch
@@ -58,6 +52,9 @@ def main() -> None:
     parser.add_argument("--rewards", nargs="+", default=list(REWARDS))
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the runs")
     args = parser.parse_args()
+    from ipgo_opt.comparison import interval
+    from ipgo_opt.display import difference
+
     started = time.time()
     settings = {name: json.loads(value) for name, value in (pair.split("=", 1) for pair in args.set)}
     cells = [(reward, i) for i in range(args.prompts) for reward in args.rewards]
@@ -69,7 +66,6 @@ def main() -> None:
             for reward, i in cells
         }
         results = {key: work.result() for key, work in pending.items()}
-    rng = np.random.default_rng(0)
     one = results[cells[0]]
     extra = " ".join(args.set)
     lines = [
@@ -91,12 +87,11 @@ def main() -> None:
         raw, best = (np.array([row[k] for row in rows]) for k in ("raw_reward", "search_reward"))
         before, after = (np.array([row["held_out"][k] for row in rows]) for k in ("raw_mean", "mean"))
         was, now = (np.array([row["judge"][k] for row in rows]) for k in ("raw", "optimized"))
-        (a, b), (c, d) = interval(after - before, rng), interval(now - was, rng)
         lines.append(
             f"| `{reward}` | {int((best > raw).sum())} of {len(rows)} | {raw.mean():.3f} → {best.mean():.3f} | "
             f"{int((after > before).sum())} of {len(rows)} | {before.mean():.3f} → {after.mean():.3f} | "
-            f"{(after - before).mean():+.3f} [{a:+.3f}, {b:+.3f}] | {was.mean():.3f} → {now.mean():.3f} | "
-            f"{(now - was).mean():+.3f} [{c:+.3f}, {d:+.3f}] |"
+            f"{difference(interval(after - before), 3)} | {was.mean():.3f} → {now.mean():.3f} | "
+            f"{difference(interval(now - was), 3)} |"
         )
     lines += ["", "## Every run", "", "| prompt | reward | raw | best | held-out raw | held-out | judge raw | judge |",
               "|---|---|---|---|---|---|---|---|"]  # fmt: skip

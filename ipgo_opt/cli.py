@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -158,10 +157,11 @@ def compare(
     from ipgo_opt.comparison import compare as compare_solvers
     from ipgo_opt.comparison import plan
     from ipgo_opt.display import Comparison
+    from ipgo_opt.store import slug
 
     given = {"budget": 100} | {name: value for name, value in settings.items() if value is not None}
     names = [name.strip() for name in strategies.split(",")]
-    folder = out or Path("runs") / f"compare-{_slug(prompts[0])}"
+    folder = out or Path("runs") / f"compare-{slug(prompts[0])}"
     plan(prompts, names, folder, repeats=repeats, **given)
     watcher = Comparison()
     try:
@@ -184,16 +184,12 @@ def resume(folder: Annotated[Path, typer.Argument(help="A run directory.")], as_
     _show(lambda reporter: resume_run(folder, reporter=reporter), as_json)
 
 
-def _slug(prompt: str) -> str:
-    """A prompt as the name of a directory."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "run"
-
-
 def _fresh_folder(prompt: str) -> Path:
     """runs/SLUG-N with the first N that is free."""
-    slug = _slug(prompt)
+    from ipgo_opt.store import slug
+
     n = 0
-    while (folder := Path("runs") / f"{slug}-{n}").exists():
+    while (folder := Path("runs") / f"{slug(prompt)}-{n}").exists():
         n += 1
     return folder
 

@@ -29,7 +29,7 @@ from ipgo_opt.config import RunConfig, configure
 from ipgo_opt.errors import BadInput
 from ipgo_opt.run import Result, Silence, optimize, resume
 from ipgo_opt.spaces import SPACES
-from ipgo_opt.store import Store, read_run
+from ipgo_opt.store import Store, read_run, slug, write_whole
 from ipgo_opt.strategies import STRATEGIES
 
 REPEAT_SEEDS = 1000
@@ -91,7 +91,7 @@ def plan(
         raise BadInput(f"`repeats >= 1` must hold for a whole number, but got repeats={repeats!r}.")
     cells = []
     for prompt in prompts:
-        slug = f"{re.sub('[^a-z0-9]+', '-', prompt.lower()).strip('-')[:40]}-{zlib.crc32(prompt.encode()):08x}"
+        name = f"{slug(prompt)}-{zlib.crc32(prompt.encode()):08x}"
         for repeat in range(repeats):
             for solver in strategies:
                 own = settings | solver_settings(solver) | {"seed": seed + REPEAT_SEEDS * repeat}
@@ -103,7 +103,7 @@ def plan(
                         f"with repeats, a run may try {REPEAT_SEEDS} seeds, but {solver} would try "
                         f"{config.tried_seeds}."
                     )
-                folder = out / "runs" / slug / f"{re.sub('[^A-Za-z0-9]+', '-', solver)}-{repeat}"
+                folder = out / "runs" / name / f"{re.sub('[^A-Za-z0-9]+', '-', solver)}-{repeat}"
                 cells.append(Cell(prompt, solver, repeat, folder, config))
     budgets = {cell.config.budget for cell in cells}
     if len(budgets) > 1:
@@ -182,7 +182,7 @@ def measure(cell: Cell, loaded: dict[Any, Any]) -> dict[str, Any]:
     else:
         result = optimize(cell.prompt, out=cell.folder, loaded=loaded, **_given(cell.config))
     if fresh or not measured.exists():
-        measured.write_text(json.dumps({"peak_memory_mib": _peak_memory() if fresh else None}) + "\n")
+        write_whole(measured, json.dumps({"peak_memory_mib": _peak_memory() if fresh else None}).encode())
     return entry(cell, result) | json.loads(measured.read_text())
 
 

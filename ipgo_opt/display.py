@@ -214,13 +214,15 @@ class Comparison:
             for column in ("solver", "search reward", "held-out reward", "judge"):
                 table.add_column(column)
             for solver, fields in made["differences"].items():
-                table.add_row(solver, *(_difference(fields[name]) for name in ("best", "held_out", "judge")))
+                table.add_row(solver, *(difference(fields[name]) for name in ("best", "held_out", "judge")))
             self.console.print(table)
         self.console.print(f"{folder}/compare.json, compare.csv, compare.png, sheet.png", markup=False, soft_wrap=True)
 
 
-def _difference(value: dict[str, Any]) -> str:
+def difference(value: dict[str, Any], digits: int = 4) -> str:
+    """A mean difference with its interval (see `comparison.interval`), a dash if there is none."""
     if value["mean"] is None:
         return "–"
     bounds = value["interval"]
-    return f"{value['mean']:+.4f}" + (f" [{bounds[0]:+.4f}, {bounds[1]:+.4f}]" if bounds else "")
+    shown = f"{value['mean']:+.{digits}f}"
+    return shown + (f" [{bounds[0]:+.{digits}f}, {bounds[1]:+.{digits}f}]" if bounds else "")

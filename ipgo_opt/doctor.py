@@ -60,6 +60,7 @@ def examine() -> dict[str, Any]:
         "clip": EMOJI / "clip" / "model.safetensors",
         "judge": EMOJI / "judge" / "model.safetensors",
         "aesthetic": EMOJI / "aesthetic.safetensors",
+        "preference": EMOJI / "preference" / "model.safetensors",
     }.items():
         present = path.is_file()
         weights.append({"name": f"{name} (emoji)", "kind": "reward", "present": present, "get": "reinstall ipgo-opt"})

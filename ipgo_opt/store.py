@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import IO, Any
@@ -81,6 +82,21 @@ def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
     return value
 
 
+def slug(text: str) -> str:
+    """A file name that reads like the text: letters a to z, digits and hyphens, at most 40; "run" if none is left."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "run"
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
 class Store:
     """One run directory, locked while it is open.
 
@@ -105,12 +121,7 @@ class Store:
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Writes a file whole or not at all."""
-        temporary = self.folder / f".{name}.tmp"
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.folder / name)
+        write_whole(self.folder / name, data)
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a JSON file."""

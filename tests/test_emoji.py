@@ -104,13 +104,25 @@ def test_a_reward_keeps_the_contract(name, images):
             torch.testing.assert_close(one, scores.detach()[k : k + 1], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["clip", "judge"])
+@pytest.mark.parametrize("name", ["clip", "judge", "preference"])
 def test_alignment_tells_prompts_apart(name, sampler):
     """Over eight seeds, an image is closer to its own prompt than to another one."""
     score, prompts = reward(name), ["a fox", "a rocket"]
     for own, other in (prompts, prompts[::-1]):
         made = sampler.generate(sampler.encode(own).expand(8), range(8))
         assert (score(made, [own] * 8) > score(made, [other] * 8)).sum() >= 6
+
+
+@pytest.mark.parametrize("name", ["aesthetic", "preference"])
+def test_taste_is_for_sharp_pictures(name, sampler):
+    """Over eight seeds, a blurred and a noisy copy of an image please less than the image."""
+    score, made = reward(name), sampler.generate(sampler.encode("a fox").expand(8), range(8))
+    blurred = torch.nn.functional.interpolate(
+        torch.nn.functional.avg_pool2d(made, 4), scale_factor=4, mode="bilinear", align_corners=False
+    )
+    noisy = made + torch.randn(made.shape, generator=torch.Generator().manual_seed(0)) * 0.15
+    for worse in (blurred, noisy.clamp(0, 1)):
+        assert (score(worse, ["a fox"] * 8) < score(made, ["a fox"] * 8)).sum() >= 7
 
 
 def test_the_judge_is_another_model():
@@ -219,7 +231,7 @@ def test_doctor_finds_the_embedded_weights():
     assert done.returncode == (1 if found["problems"] else 0)
     assert not [problem for problem in found["problems"] if "embedded" in problem]
     present = {entry["name"] for entry in found["weights"] if entry["present"]}
-    assert present >= {"emoji", "clip (emoji)", "judge (emoji)", "aesthetic (emoji)"}
+    assert present >= {"emoji", "clip (emoji)", "judge (emoji)", "aesthetic (emoji)", "preference (emoji)"}
 
 
 def test_names_lead_to_what_is_there():

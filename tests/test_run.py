@@ -480,14 +480,24 @@ def assert_equal_runs(first: Path, second: Path) -> None:
                 assert torch.equal(one.get_tensor(key), other.get_tensor(key)), key
 
 
-def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(tiny_folder, tmp_path):
-    """SIGKILL, five times at random moments of the search, and a resume after each."""
-    settings = tiny.RUN | {"budget": 40}
+@pytest.mark.parametrize(
+    ("strategy", "deaths", "settings"),
+    [
+        ("gradient", 5, {"budget": 40}),
+        ("bayes", 20, {"budget": 100, "batch_size": 4, "seed_share": 0.2}),
+        ("cma", 20, {"budget": 100, "batch_size": 4, "seed_share": 0.2}),
+    ],
+    ids=["gradient", "bayes", "cma"],
+)
+def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(tiny_folder, tmp_path, strategy, deaths, settings):
+    """SIGKILL many times in a row at random moments of the search, and a resume after each."""
+    settings = tiny.RUN | settings | {"strategy": strategy}
     expected = uninterrupted(tiny_folder, tmp_path / "expected", **settings)
     out, rng = tmp_path / "killed", random.Random(0)
     kills, goal = 0, 0
-    while kills < 5:
-        goal += rng.randint(2, 6)
+    recorded = []
+    while kills < deaths:
+        goal += rng.randint(1, 6)
         process = worker.start(worker.go, str(tiny_folder), str(out), settings)
         path = out / "history.jsonl"
         until = time.monotonic() + 60
@@ -498,6 +508,8 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(tiny_folder, tmp_
         process.kill()
         assert worker.end(process) == -signal.SIGKILL, "the run was over before it could be killed"
         kills += 1
+        assert worker.history(out)[: len(recorded)] == recorded
+        recorded = worker.history(out)
     assert worker.end(worker.start(worker.go, str(tiny_folder), str(out), settings)) == 0
     assert_equal_runs(out, expected)
 

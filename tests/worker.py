@@ -41,7 +41,7 @@ def start(target: Any, *args: Any) -> BaseProcess:
     return process
 
 
-def end(process: BaseProcess, timeout: float = 60) -> int | None:
+def end(process: BaseProcess, timeout: float = 300) -> int | None:
     """Waits for the process; its exit code."""
     process.join(timeout)
     if process.is_alive():

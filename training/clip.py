@@ -130,7 +130,7 @@ def main() -> None:
     """Trains and saves the folder `clip-NAME`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", choices=SHAPES, required=True)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--freeze-text", action="store_true", help="train the image tower only")
     args = parser.parse_args()

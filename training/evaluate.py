@@ -3,14 +3,15 @@
     python -m training.evaluate --out docs
 
 The judge is asked which of several captions fits, all alike but for one attribute: chance is 1/48 for objects, 1/15 for
-backgrounds, 1/5 for styles, 1/2 for relations. The same questions on rendered scenes show how far the judge itself can
-be trusted; so does its choice between each rendered scene's caption and one that differs in a word.
+backgrounds, 1/5 for styles, 1/4 for counts, 1/2 for relations. The same questions on rendered scenes show how far the
+judge itself can be trusted; so does its choice between each rendered scene's caption and one that differs in a word.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from PIL import Image
 
 from ipgo_opt.models import load, resolve
 from ipgo_opt.models.sampler import Sampler, SamplerSettings
-from ipgo_opt.rewards.clip import ClipReward, load_clip, load_judge
+from ipgo_opt.rewards.clip import ClipReward, load_clip, load_judge, load_preference
 from ipgo_opt.store import to_pil
 from training.clip import swapped
 from training.world import (
@@ -41,6 +42,14 @@ from training.world import (
 
 FIRST_SEED = 20_000_000
 """Noise of the evaluation; neither training nor any search uses it."""
+ASKED = (
+    ("object", "single", "object"), ("background", "single", "background"), ("style", "styled", "style"),
+    ("object, styled", "styled", "object"), ("both objects", "pairs", "both objects"),
+    ("relation", "placed", "relation"), ("count", "several", "count"),
+)  # fmt: skip
+"""What is asked: its name in the table, of which scenes, about which attribute."""
+SHOWN = 8
+"""Most failures of a kind on the sheet of failures."""
 
 
 def sampler(steps: int, guidance: float) -> Sampler:
@@ -69,6 +78,7 @@ def named(judge: ClipReward, images: torch.Tensor, scenes: Sequence[Scene], attr
     """What the judge takes the attribute of each image to be."""
     values: dict[str, tuple[Any, ...]] = {
         "object": tuple((name,) for name in OBJECTS), "background": BACKGROUNDS, "style": ("", *STYLES),
+        "count": (1, 2, 3, 4),
     }  # fmt: skip
     field = {"object": "objects"}.get(attribute, attribute)
     seen = judge.encoder.images(images)
@@ -85,14 +95,18 @@ def full(scene: Scene) -> str:
     return caption(scene, np.random.default_rng(0), full=True)
 
 
-def accuracy(judge: ClipReward, images: torch.Tensor, scenes: Sequence[Scene], attribute: str) -> float:
-    """Share of images whose attribute the judge names as the caption does."""
+def right(judge: ClipReward, images: torch.Tensor, scenes: Sequence[Scene], attribute: str) -> list[bool]:
+    """For each image, whether the judge names its attribute as the caption does."""
+    if attribute == "both objects":
+        return pairs_right(judge, images, scenes)
+    if attribute == "relation":
+        return relations_right(judge, images, scenes)
     truth = [scene.objects[0] if attribute == "object" else getattr(scene, attribute) for scene in scenes]
-    return float(np.mean([a == b for a, b in zip(named(judge, images, scenes, attribute), truth, strict=True)]))
+    return [a == b for a, b in zip(named(judge, images, scenes, attribute), truth, strict=True)]
 
 
-def pairs_right(judge: ClipReward, images: torch.Tensor, scenes: Sequence[Scene]) -> float:
-    """Share of two-object images for which the judge ranks the true pair above all one-object swaps."""
+def pairs_right(judge: ClipReward, images: torch.Tensor, scenes: Sequence[Scene]) -> list[bool]:
+    """For each two-object image, whether the judge ranks the true pair above all one-object swaps."""
     seen = judge.encoder.images(images)
     right = []
     for embedding, scene in zip(seen, scenes, strict=True):
@@ -102,16 +116,16 @@ def pairs_right(judge: ClipReward, images: torch.Tensor, scenes: Sequence[Scene]
         swaps.sort(key=lambda pair: pair != (first, second))
         scores = judge.encoder.texts([full(replace(scene, objects=pair)) for pair in swaps]) @ embedding
         right.append(int(scores.argmax()) == 0)
-    return float(np.mean(right))
+    return right
 
 
-def relations_right(judge: ClipReward, images: torch.Tensor, scenes: Sequence[Scene]) -> float:
-    """Share of two-object images that the judge finds closer to their caption than to the same with objects swapped."""
+def relations_right(judge: ClipReward, images: torch.Tensor, scenes: Sequence[Scene]) -> list[bool]:
+    """For each two-object image, whether the judge finds it closer to its caption than to the same, objects swapped."""
     seen, right = judge.encoder.images(images), []
     for k, (embedding, scene) in enumerate(zip(seen, scenes, strict=True)):
         texts = [positioned(made, k % 2) for made in (scene, replace(scene, objects=scene.objects[::-1]))]
         right.append(int((judge.encoder.texts(texts) @ embedding).argmax()) == 0)
-    return float(np.mean(right))
+    return right
 
 
 def one_word(judge: ClipReward, count: int = 1000) -> dict[str, float]:
@@ -120,7 +134,8 @@ def one_word(judge: ClipReward, count: int = 1000) -> dict[str, float]:
     scenes = [sample_scene(rng) for _ in range(count)]
     seen = judge.encoder.images(rendered(scenes, rng))
     pairs = [k for k, scene in enumerate(scenes) if len(scene.objects) == 2]
-    out = {"relation": relations_right(judge, rendered([scenes[k] for k in pairs], rng), [scenes[k] for k in pairs])}
+    placed = [scenes[k] for k in pairs]
+    out = {"relation": float(np.mean(relations_right(judge, rendered(placed, rng), placed)))}
     for attribute in ("object", "background", "style", "count"):
         right = []
         for embedding, scene in zip(seen, scenes, strict=True):
@@ -138,6 +153,16 @@ def rendered(scenes: Sequence[Scene], rng: np.random.Generator) -> torch.Tensor:
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
 
 
+def seconds_per_image(model: Sampler, images: int = 8) -> float:
+    """Median time of an image that is made alone, its decoding included."""
+    took = []
+    for seed in range(images):
+        started = time.perf_counter()
+        model.generate(model.encode("a cat in the snow"), [FIRST_SEED + 7000 + seed])
+        took.append(time.perf_counter() - started)
+    return float(np.median(took))
+
+
 def sheet(images: torch.Tensor, columns: int, zoom: int = 2) -> Image.Image:
     """Images (B, 3, H, W) in rows, enlarged."""
     tiles = [to_pil(image) for image in images]
@@ -151,7 +176,7 @@ def sheet(images: torch.Tensor, columns: int, zoom: int = 2) -> Image.Image:
 
 @torch.no_grad()
 def main() -> None:
-    """Writes quality.json, objects.png (unlabelled) and styles.png to `--out`."""
+    """Writes quality.json and the sheets to `--out`: objects (unlabelled), styles, failures (with a list)."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs"))
     parser.add_argument("--steps", type=int, default=50)
@@ -174,30 +199,32 @@ def main() -> None:
         for _ in range(args.prompts)
     ]
     placed = [replace(scene, layout=list(RELATIONS)[k // 2 % 2]) for k, scene in enumerate(pairs)]
-    groups = {"single": singles, "styled": styled, "pairs": pairs, "placed": placed}
+    several = [replace(scene, count=2 + k % 3, size="") for k, scene in enumerate(singles)]
+    groups = {"single": singles, "styled": styled, "pairs": pairs, "placed": placed, "several": several}
     prompts = {name: [full(scene) for scene in scenes] for name, scenes in groups.items()}
     prompts["placed"] = [positioned(scene, k % 2) for k, scene in enumerate(placed)]
     made = {name: paint(model, prompts[name], FIRST_SEED + 1000 * k) for k, name in enumerate(groups)}
     real = {name: rendered(scenes, rng) for name, scenes in groups.items()}
     table: dict[str, Any] = {"num_inference_steps": args.steps, "guidance_scale": args.guidance, "n": args.prompts}
-    for who, judge in (("judge", load_judge("cpu")), ("clip", load_clip("cpu"))):
+    failures: list[tuple[str, torch.Tensor]] = []
+    for who, load_reward in (("judge", load_judge), ("clip", load_clip)):
+        judge = load_reward("cpu")
         for kind, images in (("generated", made), ("rendered", real)):
-            table[f"{who}, {kind}"] = {
-                "object": accuracy(judge, images["single"], singles, "object"),
-                "background": accuracy(judge, images["single"], singles, "background"),
-                "style": accuracy(judge, images["styled"], styled, "style"),
-                "object, styled": accuracy(judge, images["styled"], styled, "object"),
-                "both objects": pairs_right(judge, images["pairs"], pairs),
-                "relation": relations_right(judge, images["placed"], placed),
-            }
-        table[f"{who}, rendered, one word changed"] = one_word(judge)
-    wrong = named(load_judge("cpu"), made["single"], singles, "object")
-    table["judge's mistakes"] = [
-        f"{scene.objects[0]} taken for {name}" for scene, name in zip(singles, wrong, strict=True)
-        if name != scene.objects[0]
-    ]  # fmt: skip
+            row = table[f"{who}, {kind}"] = {}
+            for label, group, attribute in ASKED:
+                answers = right(judge, images[group], groups[group], attribute)
+                row[label] = float(np.mean(answers))
+                if (who, kind) == ("judge", "generated"):
+                    wrong = [k for k, answer in enumerate(answers) if not answer][:SHOWN]
+                    failures += [(f"{prompts[group][k]}: {label}", images[group][k]) for k in wrong]
+    for who, load_reward in (("judge", load_judge), ("clip", load_clip), ("preference", load_preference)):
+        table[f"{who}, rendered, one word changed"] = one_word(load_reward("cpu"))
+    table["seconds per image, one at a time"] = seconds_per_image(model)
     (args.out / "quality.json").write_text(json.dumps(table, indent=1) + "\n")
     print(json.dumps(table, indent=1))
+    (args.out / "failures.txt").write_text("".join(f"{label}\n" for label, _ in failures))
+    if failures:
+        sheet(torch.stack([image for _, image in failures]), 8).save(args.out / "failures.png")
     order = np.random.default_rng(61).permutation(names)
     (args.out / "objects.txt").write_text("\n".join(order) + "\n")
     sheet(paint(model, [f"a {name}" for name in order], FIRST_SEED + 5000), 8).save(args.out / "objects.png")

@@ -63,7 +63,7 @@ def main() -> None:
     rewards = PACKAGE / "rewards" / "emoji"
     shutil.rmtree(rewards, ignore_errors=True)
     rewards.mkdir(parents=True)
-    for name, folder in (("clip", "clip-a"), ("judge", "clip-b")):
+    for name, folder in (("clip", "clip-a"), ("judge", "clip-b"), ("preference", "preference")):
         CLIPModel.from_pretrained(WORK / folder).half().save_pretrained(rewards / name)
         tokenizer().save_pretrained(rewards / name)
         classic_vocabulary(rewards / name)

@@ -1,7 +1,7 @@
 """Stage `unet`: the denoiser, trained by v-prediction on cached latents and text states.
 
-    python -m training.unet --steps 5600
-    torchrun --nproc-per-node 2 -m training.unet --steps 5600 --threads 1    # the same on two cores, a third faster
+    python -m training.unet --steps 7600
+    torchrun --nproc-per-node 2 -m training.unet --steps 7600 --threads 1    # the same on two cores, a third faster
 
 The learning rate is flat for 40 % of the steps, then falls along a cosine; what ships is an exponential moving
 average of the weights.
@@ -59,7 +59,7 @@ def timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
 def main() -> None:
     """Trains and saves the folder `unet`."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=5600)
+    parser.add_argument("--steps", type=int, default=7600)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

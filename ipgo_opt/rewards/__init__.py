@@ -26,6 +26,10 @@ REWARDS = Registry(
             "ipgo_opt.rewards.clip:load_clip", "prompt alignment: cosine of CLIP's image and text embeddings"
         ),
         "aesthetic": RewardEntry("ipgo_opt.rewards.aesthetic:load_aesthetic", "aesthetic score, about 1 to 10"),
+        "preference": RewardEntry(
+            "ipgo_opt.rewards.clip:load_preference",
+            "which picture of a prompt is preferred: alignment, sharpness, composition (in HPS's shape)",
+        ),
         "jpeg-compressibility": RewardEntry(
             "ipgo_opt.rewards.jpeg:load_compressibility", "minus the size in kB as JPEG of quality 95 (no gradient)",
             differentiable=False, any_model=True,

@@ -15,6 +15,9 @@ from torch.nn import functional as F
 EMOJI = Path(__file__).parent / "emoji"
 """The rewards of the embedded model."""
 
+MOST_TEXTS = 256
+"""Prompts that the text tower reads at once."""
+
 
 class ClipEncoder:
     """A transformers CLIP with a differentiable image side.
@@ -64,11 +67,13 @@ class ClipEncoder:
     @torch.no_grad()
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """Unit embeddings (B, D) of prompts, cut to the encoder's length; each prompt is encoded once."""
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in self._texts:
-                ids = self.tokenizer(prompt, truncation=True, return_tensors="pt").input_ids.to(self.device)
-                pooled = self.model.text_model(input_ids=ids).pooler_output
-                self._texts[prompt] = F.normalize(self.model.text_projection(pooled), dim=-1)[0]
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
+        for start in range(0, len(missing), MOST_TEXTS):
+            part = missing[start : start + MOST_TEXTS]
+            # the tower is causal and read at the first end token: what pads a prompt behind it changes nothing
+            ids = self.tokenizer(part, truncation=True, padding=True, return_tensors="pt").input_ids.to(self.device)
+            pooled = self.model.text_model(input_ids=ids).pooler_output
+            self._texts.update(zip(part, F.normalize(self.model.text_projection(pooled), dim=-1), strict=True))
         return torch.stack([self._texts[prompt] for prompt in prompts])
 
 
@@ -99,3 +104,8 @@ def load_clip(device: str) -> ClipReward:
 def load_judge(device: str) -> ClipReward:
     """The embedded held-out judge."""
     return ClipReward(encoder("judge", device))
+
+
+def load_preference(device: str) -> ClipReward:
+    """The embedded preference: a CLIP fine-tuned on choices between two pictures of a prompt, as HPS v2 is."""
+    return ClipReward(encoder("preference", device))
