@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ipgo_opt.errors import BadInput
-from ipgo_opt.models import ModelSource, memory, resolve
+from ipgo_opt.models import EMBEDDED, ModelSource, memory, resolve
 from ipgo_opt.spaces import BASES, SPACES
 from ipgo_opt.strategies import STRATEGIES
 
@@ -296,7 +296,8 @@ def check(config: RunConfig) -> ModelSource:
             "more images per update: search_seeds."
         )
     named = not config.reward.startswith("object:")  # otherwise it was passed to ipgo_opt.optimize as an object
-    reward = prepare(config.reward) if named else None
+    embedded = config.model in EMBEDDED
+    reward = prepare(config.reward, embedded) if named else None
     if reward is not None and config.strategy == "gradient" and not reward.differentiable:
         raise BadInput(f"strategy 'gradient' needs a differentiable reward, but {shown(config.reward)} is not.")
     if config.judge != "none":
@@ -307,13 +308,10 @@ def check(config: RunConfig) -> ModelSource:
     check_device(config.device, config.dtype)
     config.memory_levers()
     source = config.model_source()
-    foreign = (reward is not None and not reward.any_model) or config.judge != "none"
-    if not source.embedded and foreign:
-        raise BadInput(
-            f"the rewards and the judge of this version know the embedded model's world only, but got reward="
-            f"{shown(config.reward)}, judge={config.judge}, model={config.model!r}; with another model, give a "
-            "function (file.py:function) or an address, or pass a reward object to ipgo_opt.optimize."
-        )
+    strangers = [] if reward is None else reward.strangers
+    strangers += [config.judge] * (config.judge != "none" and not embedded)
+    if strangers:
+        raise BadInput(f"{strangers[0]!r} knows the embedded model's world only, but got model={config.model!r}.")
     if config.space == "seeds" and (config.strategy != "random" or config.seed_share != 1):
         raise BadInput(
             f"the space of seeds has nothing else to search (strategy random, seed_share 1), but got "

@@ -12,6 +12,7 @@ from ipgo_opt import __version__
 from ipgo_opt.models import EMBEDDED, MODELS
 from ipgo_opt.models.interface import support_matrix
 from ipgo_opt.rewards.clip import EMOJI
+from ipgo_opt.rewards.weights import Weights
 
 PACKAGES = (
     "torch", "torchvision", "diffusers", "transformers", "accelerate", "open_clip_torch", "botorch", "gpytorch",
@@ -66,6 +67,9 @@ def examine() -> dict[str, Any]:
         weights.append({"name": f"{name} (emoji)", "kind": "reward", "present": present, "get": "reinstall ipgo-opt"})
         if not present:
             problems.append(f"the embedded reward {name} is missing; cure: reinstall ipgo-opt")
+    for file in reward_weights():
+        present = file.find() is not None
+        weights.append({"name": f"{file.reward} ({file.size})", "kind": "reward", "present": present, "get": file.get})
     return {
         "ipgo_opt": __version__,
         "python": platform.python_version(),
@@ -75,6 +79,14 @@ def examine() -> dict[str, Any]:
         "weights": weights,
         "problems": problems,
     }
+
+
+def reward_weights() -> list[Weights]:
+    """The weights of the rewards for real models, as far as they can be named before they are chosen."""
+    from ipgo_opt.rewards import aesthetic, hps, open_clip, pickscore
+
+    clip = open_clip.checkpoint(*aesthetic.BACKBONE, f"clip:{'/'.join(aesthetic.BACKBONE)}")
+    return [clip, aesthetic.LAION, *hps.VERSIONS.values(), pickscore.MODEL]
 
 
 def _cached(hub_id: str) -> bool:

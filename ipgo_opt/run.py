@@ -23,7 +23,7 @@ from ipgo_opt import __version__
 from ipgo_opt.config import FIRST_HELD_OUT_SEED, RunConfig, check, check_device, configure
 from ipgo_opt.errors import BadInput, RunFailed
 from ipgo_opt.loop import Loop, Reporter, finite
-from ipgo_opt.models import load_pipeline, make_sampler
+from ipgo_opt.models import EMBEDDED, load_pipeline, make_sampler
 from ipgo_opt.objective import Evaluation, Objective
 from ipgo_opt.rewards import JUDGES
 from ipgo_opt.rewards.base import Reward, RewardFailed, Term, WeightedSum, prepare, shown
@@ -248,7 +248,11 @@ def _prepare(config: RunConfig, custom: Reward | None, loaded: dict[Any, Any]) -
 
     strategy_class = STRATEGIES.load(config.strategy)
     device, dtype = check_device(config.device, config.dtype)
-    reward = once(_reward, config.reward, device) if custom is None else WeightedSum([Term(1, config.reward)], [custom])
+    reward = (
+        once(_reward, config.reward, device, config.model in EMBEDDED)
+        if custom is None
+        else WeightedSum([Term(1, config.reward)], [custom])
+    )
     if strategy_class.uses_gradient and not reward.differentiable:
         raise BadInput(
             f"strategy {config.strategy!r} needs a differentiable reward, but {shown(config.reward)} is not."
@@ -260,8 +264,8 @@ def _prepare(config: RunConfig, custom: Reward | None, loaded: dict[Any, Any]) -
     return _Parts(strategy_class, reward, judge, sampler, space)
 
 
-def _reward(spec: str, device: str) -> WeightedSum:
-    return prepare(spec).load(device)
+def _reward(spec: str, device: str, embedded: bool) -> WeightedSum:
+    return prepare(spec, embedded).load(device)
 
 
 def _directions(config: RunConfig, sampler: Sampler) -> dict[str, Tensor] | None:
