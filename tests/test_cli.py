@@ -252,11 +252,15 @@ def test_a_wrong_command_line_is_exit_code_2(command, arguments):
     assert not list(Path.cwd().iterdir())
 
 
-def test_a_run_of_another_model_needs_a_reward_object(command, tiny_folder):
-    """The embedded rewards know the embedded model's world only."""
+def test_a_run_of_another_model_says_which_weights_it_needs(command, tiny_folder, tmp_path, monkeypatch):
+    """There `clip` means the published CLIP, which is looked for in the cache of the Hugging Face hub."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     code, out, err = command(*FOX, "--model", str(tiny_folder), "--scheduler", "", "--basis-size", "4", "--budget", "3")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "pass a reward object" in err
+    assert "clip:ViT-L-14/openai" in err
+    assert "get it with: hf download" in err
 
 
 def test_a_failed_run_is_exit_code_1(command, monkeypatch):
