@@ -19,7 +19,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {}
 SIZES = {"sana": 32, "lumina_2": 64}
 """Side that is asked for where it is not 16: Sana wants multiples of 32, Lumina 2 divides by 8 whatever its VAE."""
 
-NEEDS = {"krea_2": "accelerate"}
+NEEDS = {"krea_2": "accelerate", "kolors": "sentencepiece"}
 """What has to be installed to load one from disk."""
 
 CHAT = "{% for m in messages %}{{ m['content'] if m['content'] is string else m['content'][0]['text'] }}{% endfor %}"
@@ -444,4 +444,39 @@ def prx() -> Any:
         ),
         vae=flux_vae(latent_channels=4), text_encoder=T5GemmaEncoder(config).eval(), tokenizer=tokenizer(),
         scheduler=flow(),
+    )  # fmt: skip
+
+
+@family
+def kolors() -> Any:
+    """Stable Diffusion XL with a language model that makes the pooled embedding too; its vocabulary is trained here."""
+    import io
+    import tempfile
+    from pathlib import Path
+
+    import sentencepiece
+    from diffusers.pipelines.kolors import ChatGLMModel, ChatGLMTokenizer
+    from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
+
+    made = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a fox and a rocket on a purple background"] * 9), model_writer=made, vocab_size=40,
+        minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    vocabulary = Path(tempfile.mkdtemp()) / "tokenizer.model"  # saving the pipeline copies it
+    vocabulary.write_bytes(made.getvalue())
+    config = ChatGLMConfig(
+        num_layers=2, padded_vocab_size=64, hidden_size=WIDTH, ffn_hidden_size=24, kv_channels=8, num_attention_heads=2,
+        multi_query_attention=True, add_qkv_bias=True, seq_length=256, original_rope=True,
+    )  # fmt: skip
+    text_encoder = ChatGLMModel(config).eval()
+    for parameter in text_encoder.parameters():  # the class leaves them as memory was
+        torch.nn.init.normal_(parameter, std=0.1)
+    return diffusers.KolorsPipeline(
+        vae=tiny.vae(), text_encoder=text_encoder, tokenizer=ChatGLMTokenizer(str(vocabulary)),
+        unet=tiny.unet(
+            cross_attention_dim=WIDTH, addition_embed_type="text_time", addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=WIDTH + 6 * 4,
+        ),
+        scheduler=tiny.scheduler("EulerDiscreteScheduler"), force_zeros_for_empty_prompt=False,
     )  # fmt: skip

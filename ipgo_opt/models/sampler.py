@@ -241,7 +241,7 @@ class Sampler:
         found = [
             getattr(self.pipeline, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3", "processor")
         ]
-        tokenizers = [getattr(one, "tokenizer", one) for one in found if one is not None]
+        tokenizers = [one if hasattr(one, "model_max_length") else one.tokenizer for one in found if one is not None]
         return max(tokenizers, key=self._reads)
 
     def _reads(self, tokenizer: Any) -> int:
