@@ -123,7 +123,7 @@ def conditioning(size: Size, device: str, dtype: torch.dtype) -> Conditioning:
 
 
 class Sight:
-    """A reward in the shape of CLIP's: the mean of the vision tower's embedding, differentiable."""
+    """A reward in the shape of CLIP's: one coordinate of the vision tower's embedding, differentiable."""
 
     def __init__(self, shape: dict[str, int], device: str) -> None:
         from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -134,7 +134,7 @@ class Sight:
     def __call__(self, images: Tensor) -> Tensor:
         """Scores (B,) of images (B, 3, H, W)."""
         pixels = F.interpolate(images.float(), (224, 224), mode="bicubic", antialias=True)
-        return self.model(pixel_values=pixels).pooler_output.mean(-1)
+        return self.model(pixel_values=pixels).pooler_output[:, 0]
 
 
 def bare_step(sampler: Sampler, given: Conditioning, tokens: Callable[[], Tensor], reward: Sight, detach: bool) -> None:

@@ -47,7 +47,7 @@ SETTINGS: dict[str, tuple[Any, Any]] = {
     "reward": (str, _option(
         "What is good: a name, file.py:function, module:function, an address or a weighted sum.", "--reward"
     )),
-    "judge": (str, _option("Held-out judge, or none.", "--judge")),
+    "judge": (str, _option("Held-out judge: judge, a reward that is not optimized, or none.", "--judge")),
     "model": (str, typer.Option("--model", help="emoji, a diffusers folder, a .safetensors file or a hub id. [default: emoji]")),
     "revision": (str, _option("Branch, tag or commit of a hub id.", "--revision")),
     "variant": (str, _option("Which files of the model, for example fp16.", "--variant")),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ipgo_opt.errors import BadInput
 from ipgo_opt.models import EMBEDDED, ModelSource, memory, resolve
+from ipgo_opt.registry import unknown
 from ipgo_opt.spaces import BASES, SPACES
 from ipgo_opt.strategies import STRATEGIES
 
@@ -38,7 +39,8 @@ class RunConfig:
         space: what is searched.
         strategy: how it is searched.
         reward: name or weighted sum of rewards; larger is better.
-        judge: a held-out judge shown beside the reward, or "none".
+        judge: a held-out judge shown beside the reward: "judge" (the embedded model's), a reward that is not optimized,
+            or "none".
         budget: images that the search may generate, the raw one included.
         seed: first search seed; also seeds the space and the strategy.
         search_seeds: seeds on which every candidate is scored; their mean counts.
@@ -247,7 +249,6 @@ def _whole(config: RunConfig, **least: int) -> None:
 
 def check(config: RunConfig) -> ModelSource:
     """Raises BadInput unless the configuration can run; returns the resolved model."""
-    from ipgo_opt.rewards import JUDGES
     from ipgo_opt.rewards.base import prepare, shown
 
     if not isinstance(config.prompt, str) or not config.prompt.strip():
@@ -300,8 +301,7 @@ def check(config: RunConfig) -> ModelSource:
     reward = prepare(config.reward, embedded) if named else None
     if reward is not None and config.strategy == "gradient" and not reward.differentiable:
         raise BadInput(f"strategy 'gradient' needs a differentiable reward, but {shown(config.reward)} is not.")
-    if config.judge != "none":
-        JUDGES.check(config.judge)
+    judge = check_judge(config.judge, config.reward, embedded)
     config.token_shape().check()
     check_basis(config)
     config.gradient_options()
@@ -309,7 +309,7 @@ def check(config: RunConfig) -> ModelSource:
     config.memory_levers()
     source = config.model_source()
     strangers = [] if reward is None else reward.strangers
-    strangers += [config.judge] * (config.judge != "none" and not embedded)
+    strangers += judge
     if strangers:
         raise BadInput(f"{strangers[0]!r} knows the embedded model's world only, but got model={config.model!r}.")
     if config.space == "seeds" and (config.strategy != "random" or config.seed_share != 1):
@@ -323,6 +323,27 @@ def check(config: RunConfig) -> ModelSource:
         if not hasattr(getattr(diffusers, config.scheduler, None), "set_timesteps"):
             raise BadInput(f"scheduler must be a scheduler class of diffusers, but got {config.scheduler!r}.")
     return source
+
+
+def check_judge(judge: str, reward: str, embedded: bool) -> list[str]:
+    """What of a judge knows the embedded model's world only, with another model.
+
+    A judge is one of JUDGES or a reward that is not optimized; BadInput for anything else, and for missing weights.
+    """
+    from ipgo_opt.rewards import JUDGES
+    from ipgo_opt.rewards.base import parse, prepare
+
+    if judge == "none":
+        return []
+    if judge in JUDGES:
+        return [] if embedded else [judge]
+    try:
+        terms = parse(judge)
+    except BadInput:
+        raise unknown("judge", judge, [*JUDGES, "the name of a reward"]) from None
+    if not reward.startswith("object:") and {term.name for term in terms} & {term.name for term in parse(reward)}:
+        raise BadInput(f"the judge must be held out of the reward, but got judge={judge!r}, reward={reward!r}.")
+    return prepare(judge, embedded).strangers
 
 
 def check_basis(config: RunConfig) -> None:

@@ -257,7 +257,7 @@ def _prepare(config: RunConfig, custom: Reward | None, loaded: dict[Any, Any]) -
         raise BadInput(
             f"strategy {config.strategy!r} needs a differentiable reward, but {shown(config.reward)} is not."
         )
-    judge = None if config.judge == "none" else once(JUDGES.load(config.judge), device)
+    judge = None if config.judge == "none" else once(_judge, config.judge, device, config.model in EMBEDDED)
     pipeline = once(load_pipeline, config.model_source(), device, dtype, config.memory_levers())
     sampler = make_sampler(pipeline, config.sampler_settings, scheduler=config.scheduler, chunk=config.chunk)
     space = SPACES.load(config.space)(sampler.width, config.token_shape(), config.seed, _directions(config, sampler))
@@ -266,6 +266,10 @@ def _prepare(config: RunConfig, custom: Reward | None, loaded: dict[Any, Any]) -
 
 def _reward(spec: str, device: str, embedded: bool) -> WeightedSum:
     return prepare(spec, embedded).load(device)
+
+
+def _judge(name: str, device: str, embedded: bool) -> Reward:
+    return JUDGES.load(name)(device) if name in JUDGES else _reward(name, device, embedded)
 
 
 def _directions(config: RunConfig, sampler: Sampler) -> dict[str, Tensor] | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import families
+import original
 import pytest
 import tiny
 import torch
@@ -136,9 +137,9 @@ def test_defaults_are_the_pipelines_own(tmp_path, tiny_folder):
     ("levers", "strategy", "shown"),
     [("chekpoint", "gradient", "Did you mean 'checkpoint'"), ("model-offload", "gradient", "accelerate|gradient")],
 )
-def test_bad_levers_are_refused(tiny_folder, levers, strategy, shown):
+def test_bad_levers_are_refused(levers, strategy, shown):
     with pytest.raises(BadInput, match=shown):
-        configure("a fox", model=str(tiny_folder), memory=levers, strategy=strategy, reward="clip", judge="none")
+        RunConfig("a fox", memory=levers, strategy=strategy).memory_levers()
 
 
 def test_a_lever_that_the_model_lacks(tiny_folder):
@@ -197,3 +198,28 @@ def test_a_run_with_levers(tiny_folder, tmp_path):
     settings = RUN | {"low_memory": True, "memory": "tiling"}
     result = optimize("a fox", reward=tiny.Redness(), model=str(tiny_folder), out=tmp_path / "run", **settings)
     assert result.summary["images"] == 3
+
+
+def test_a_checkpoint_in_one_file_paints_the_same(tmp_path, tiny_folder):
+    """Under the names of the original checkpoints, with a folder for what the file lacks."""
+    made = original.save(tmp_path / "model.safetensors")
+    source = resolve(str(tmp_path / "model.safetensors"), config=str(tiny_folder))
+    images = [
+        one.generate(one.encode("a fox"), [0])
+        for one in (
+            Sampler(made, tiny.settings()),
+            Sampler(load_pipeline(source, "cpu", "float32"), tiny.settings()),
+        )
+    ]
+    torch.testing.assert_close(*images)
+
+
+def test_a_judge_may_be_a_reward_that_is_not_optimized(tiny_folder, tmp_path):
+    """With a model of any kind; one that is optimized is refused."""
+    settings = RUN | {"held_out": 2, "strategy": "random", "reward": "jpeg-compressibility"}
+    result = optimize("a fox", model=str(tiny_folder), judge="jpeg-incompressibility", out=tmp_path / "run", **settings)
+    judged = result.summary["judge"]
+    assert judged["name"] == "jpeg-incompressibility"
+    assert judged["raw"] == pytest.approx(-result.summary["held_out"]["raw_mean"], rel=1e-5)
+    with pytest.raises(BadInput, match="must be held out"):
+        configure("a fox", model=str(tiny_folder), judge="jpeg-compressibility", **settings)
