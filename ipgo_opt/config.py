@@ -15,6 +15,7 @@ from ipgo_opt.spaces import BASES, SPACES
 from ipgo_opt.strategies import STRATEGIES
 
 if TYPE_CHECKING:
+    from ipgo_opt.models.interface import Interface
     from ipgo_opt.models.sampler import SamplerSettings
     from ipgo_opt.spaces.tokens import TokenShape
     from ipgo_opt.strategies.gradient import GradientOptions
@@ -197,6 +198,15 @@ BLACK_BOX_SCALES = {"emoji": 4.0}
 """Factor on the tokens for black boxes, by model: the states of its text encoder are that large."""
 
 
+def pipeline_interface(class_name: str) -> Interface:
+    """What the pipeline class of that name takes and returns."""
+    import diffusers
+
+    from ipgo_opt.models.interface import Interface
+
+    return Interface.of(getattr(diffusers, class_name))
+
+
 def pipeline_defaults(chosen: dict[str, Any]) -> dict[str, Any]:
     """Steps, guidance and scheduler as the pipeline of a model has them, unless it is the paper's."""
     if chosen["model"] in FEW_STEPS:
@@ -205,11 +215,7 @@ def pipeline_defaults(chosen: dict[str, Any]) -> dict[str, Any]:
     class_name = RunConfig("", **named).model_source().class_name
     if class_name in (None, PAPER_CLASS):
         return {}
-    import diffusers
-
-    from ipgo_opt.models.interface import Interface
-
-    interface = Interface.of(getattr(diffusers, class_name))
+    interface = pipeline_interface(class_name)
     return {"scheduler": "", "num_inference_steps": interface.steps, "guidance_scale": interface.scale}
 
 
@@ -308,6 +314,8 @@ def check(config: RunConfig) -> ModelSource:
     check_device(config.device, config.dtype)
     config.memory_levers()
     source = config.model_source()
+    if source.class_name is not None:
+        pipeline_interface(source.class_name).check_guidance(config.negative_prompt, config.true_cfg_scale)
     strangers = [] if reward is None else reward.strangers
     strangers += judge
     if strangers:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import families
 import original
 import pytest
@@ -21,6 +22,7 @@ from ipgo_opt.config import RunConfig, check_device, configure
 from ipgo_opt.errors import BadInput
 from ipgo_opt.models import load_pipeline, make_sampler, memory, resolve
 from ipgo_opt.models.gate import denoiser
+from ipgo_opt.models.interface import Interface
 from ipgo_opt.models.sampler import Sampler
 
 RUN: dict[str, Any] = tiny.RUN | {"budget": 3, "held_out": 0}
@@ -223,3 +225,20 @@ def test_a_judge_may_be_a_reward_that_is_not_optimized(tiny_folder, tmp_path):
     assert judged["raw"] == pytest.approx(-result.summary["held_out"]["raw_mean"], rel=1e-5)
     with pytest.raises(BadInput, match="must be held out"):
         configure("a fox", model=str(tiny_folder), judge="jpeg-compressibility", **settings)
+
+
+@pytest.mark.parametrize(
+    ("class_name", "negative_prompt", "true_cfg_scale", "shown"),
+    [
+        ("StableDiffusionPipeline", "", 2.0, "one guidance only"),
+        ("LatentConsistencyModelPipeline", "blurry", 1.0, "reads no negative prompt"),
+        ("FluxPipeline", "blurry", 1.0, "if `true_cfg_scale > 1`"),
+    ],
+)
+def test_guidance_that_would_be_passed_over_is_refused(class_name, negative_prompt, true_cfg_scale, shown):
+    """By the class alone; with the other settings it is accepted."""
+    interface = Interface.of(getattr(diffusers, class_name))
+    with pytest.raises(BadInput, match=shown):
+        interface.check_guidance(negative_prompt, true_cfg_scale)
+    interface.check_guidance("", 1.0)
+    Interface.of(diffusers.FluxPipeline).check_guidance("blurry", 2.0)

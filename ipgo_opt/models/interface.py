@@ -127,6 +127,19 @@ class Interface:
             batches=pipeline_class.__name__ not in ONE_IMAGE_PER_CALL,
         )
 
+    def check_guidance(self, negative_prompt: str, true_cfg_scale: float) -> None:
+        """Raises BadInput for a setting that the pipeline would pass over in silence."""
+        if true_cfg_scale > 1 and "true_cfg_scale" not in self.arguments:
+            raise BadInput(f"this model's pipeline has one guidance only, but got true_cfg_scale={true_cfg_scale}.")
+        if negative_prompt and "negative_prompt" not in self.arguments:
+            raise BadInput(f"this model's pipeline reads no negative prompt, but got {negative_prompt!r}.")
+        distilled = self.guidance == "guidance_scale" and "true_cfg_scale" in self.arguments
+        if negative_prompt and distilled and true_cfg_scale <= 1:
+            raise BadInput(
+                f"this model's pipeline reads a negative prompt if `true_cfg_scale > 1`, but got {negative_prompt!r}, "
+                f"true_cfg_scale={true_cfg_scale}."
+            )
+
     def named(self, results: Any, n: int) -> dict[str, Any]:
         """The results of the n-th call of `encode_prompt`, by the arguments of `__call__` that take them.
 

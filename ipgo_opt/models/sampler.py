@@ -148,6 +148,7 @@ class Sampler:
 
     def __init__(self, pipeline: Any, settings: SamplerSettings, chunk: int = 8) -> None:
         self.interface = Interface.of(type(pipeline))
+        self.interface.check_guidance(settings.negative_prompt, settings.true_cfg_scale)
         self.pipeline, self.settings, self.chunk = pipeline, settings, chunk if self.interface.batches else 1
         undecorated: Any = type(pipeline).__call__
         self.call = undecorated.__wrapped__
