@@ -83,10 +83,9 @@ def examine() -> dict[str, Any]:
 
 def reward_weights() -> list[Weights]:
     """The weights of the rewards for real models, as far as they can be named before they are chosen."""
-    from ipgo_opt.rewards import aesthetic, hps, open_clip, pickscore
+    from ipgo_opt.rewards import aesthetic, hps, pickscore
 
-    clip = open_clip.checkpoint(*aesthetic.BACKBONE, f"clip:{'/'.join(aesthetic.BACKBONE)}")
-    return [clip, aesthetic.LAION, *hps.VERSIONS.values(), pickscore.MODEL]
+    return [aesthetic.BACKBONE_WEIGHTS, aesthetic.LAION, *hps.VERSIONS.values(), pickscore.MODEL]
 
 
 def _cached(hub_id: str) -> bool:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ipgo_opt.config import configure
 from ipgo_opt.errors import BadInput
-from ipgo_opt.rewards import REWARDS, aesthetic, hps, imscore, pickscore, stands_for
+from ipgo_opt.rewards import REWARDS, aesthetic, hps, imscore, open_clip, pickscore, stands_for
 from ipgo_opt.rewards.aesthetic import AestheticHead
 from ipgo_opt.rewards.base import Term, parse, prepare
 from ipgo_opt.rewards.clip import ClipEncoder, ClipReward
@@ -292,4 +292,5 @@ def test_imscore_is_optional():
 def test_every_family_is_in_the_registry():
     families = {name for name in REWARDS if name.endswith(":NAME")}
     assert families == {"clip:NAME", "aesthetic:NAME", "hps:NAME", "pickscore:NAME", "imscore:NAME"}
+    assert open_clip.checkpoint(*aesthetic.BACKBONE, "clip:ViT-L-14/openai") == aesthetic.BACKBONE_WEIGHTS
     assert aesthetic.LAION.get == "hf download trl-lib/ddpo-aesthetic-predictor aesthetic-model.pth"

@@ -23,6 +23,14 @@ LAION = Weights("aesthetic", "trl-lib/ddpo-aesthetic-predictor", ("aesthetic-mod
 BACKBONE = ("ViT-L-14", "openai")
 """The CLIP on whose embeddings LAION's head was trained."""
 
+BACKBONE_WEIGHTS = Weights(
+    "clip:ViT-L-14/openai",
+    "timm/vit_large_patch14_clip_224.openai",
+    ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
+    "1.7 GB",
+)
+"""Its weights, as open_clip has them."""
+
 LAION_WIDTH = 768
 """Width of those embeddings."""
 
@@ -104,5 +112,5 @@ def real(member: str) -> Loader:
     width = head.layers[0].in_features
     if width != LAION_WIDTH:
         raise BadInput(f"an aesthetic head must read {LAION_WIDTH} numbers, but {str(path)!r} reads {width}.")
-    clip = open_clip.checkpoint(*BACKBONE, f"aesthetic:{member}").require()
+    clip = BACKBONE_WEIGHTS.require()
     return lambda device: AestheticReward(open_clip.encoder(*BACKBONE, clip, device), head)
