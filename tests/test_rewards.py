@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import CLIPModel, CLIPProcessor
 
 from ipgo_opt.errors import BadInput
-from ipgo_opt.rewards import REWARDS
+from ipgo_opt.rewards import IN_PACKAGE, REWARDS
 from ipgo_opt.rewards.aesthetic import AestheticHead, AestheticReward
 from ipgo_opt.rewards.base import Reward, Term, WeightedSum, parse, prepare, shown
 from ipgo_opt.rewards.clip import ClipEncoder, ClipReward
@@ -387,11 +387,7 @@ def gently(images: Tensor, prompts: list[str]) -> Tensor:
 CUSTOM = {"image": darkness, "images": darknesses, "tensors": spoiling, "gradient": gently, "object": tiny.Redness()}
 
 
-OWN = [name for name, entry in REWARDS.items() if entry.target and not name.endswith(":NAME")]
-"""Rewards whose weights, if they have any, are in the package."""
-
-
-@pytest.fixture(scope="module", params=[*OWN, *CUSTOM])
+@pytest.fixture(scope="module", params=[*IN_PACKAGE, *CUSTOM])
 def judged(request) -> Reward:
     """Every registered reward, and one of every kind that a user can write."""
     if request.param in CUSTOM:
@@ -435,7 +431,7 @@ def test_differentiable_means_what_it_says(judged):
             assert (judged(images + 1e-3 * slope / scale, PROMPTS) > judged(images, PROMPTS)).all()
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", IN_PACKAGE)
 def test_what_is_said_of_a_reward_before_it_is_loaded(name):
     """It decides whether `gradient` may start, so it must be what the loaded reward says."""
     assert prepare(name).differentiable == prepare(name).load("cpu").differentiable

@@ -70,6 +70,9 @@ JUDGES = Registry(
     {"judge": Entry("ipgo_opt.rewards.clip:load_judge", "held-out alignment: a second CLIP that is never optimized")},
 )
 
+IN_PACKAGE = [name for name, entry in REWARDS.items() if entry.target and not name.endswith(":NAME")]
+"""Rewards whose weights, if they have any, are in the package."""
+
 
 def stands_for(name: str, embedded: bool) -> str:
     """The registered reward that a name means, with the embedded model or with another one."""
