@@ -147,7 +147,7 @@ def test_help_shows_every_setting_and_its_default(command):
     for shown in (
         "[default: 0.02 for emoji, 0.001 for other models]",
         "[default: 20 for emoji, 50 for other models]",
-        "[default: clip+0.2*aesthetic for emoji, clip for other models]",
+        "[default: clip+preference for emoji, clip for other models]",
         "[default: the model's own for emoji, LMSDiscreteScheduler for other models]",
         "The unconditional prompt. [default: none]",
         "[default: gradient]",
