@@ -75,8 +75,8 @@ def main() -> None:
         f"{one['images']} images per search, seed 0; {one['held_out']['n']} fresh seeds with the same tokens).",
         "",
         "`search` is the best reward on the searched seeds (raw: on the first ones), `held-out` the mean over fresh "
-        "seeds, `judge` the alignment that a second CLIP, never optimized against, gives on the same fresh seeds. Differences are optimized − raw, "
-        "paired by prompt, with 95 % bootstrap intervals over the prompts.",
+        "seeds, `judge` the alignment that a second CLIP, never optimized against, gives on the same fresh seeds. "
+        "Differences are optimized − raw, paired by prompt, with 95 % bootstrap intervals over the prompts.",
         "",
         "| reward | search rises | search: raw → best | held-out rises | held-out: raw → optimized | difference | "
         "judge: raw → optimized | difference |",
