@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ipgo_opt import __version__
-from ipgo_opt.config import MODEL_DEFAULTS, RunConfig
+from ipgo_opt.config import MODEL_DEFAULTS, PIPELINES_OWN, RunConfig
 from ipgo_opt.errors import BadInput, IpgoError
 
 app = typer.Typer(
@@ -26,10 +26,11 @@ PAPER = {field.name: field.default for field in dataclasses.fields(RunConfig)}
 
 def _default(name: str) -> str:
     """What a setting is when it is not given."""
-    empty = "none" if name == "negative_prompt" else "the model's own"
+    empty = "the model's own" if name == "scheduler" else "none"
+    others = "Stable Diffusion 1 and 2, the pipeline's own elsewhere" if name in PIPELINES_OWN else "other models"
     own = [f"{values[name] or empty} for {model}" for model, values in MODEL_DEFAULTS.items() if name in values]
     paper = PAPER[name] if PAPER[name] != "" else empty
-    return f" [default: {', '.join([*own, f'{paper} for other models' if own else str(paper)])}]"
+    return f" [default: {', '.join([*own, f'{paper} for {others}' if own else str(paper)])}]"
 
 
 def _option(text: str, *names: str, setting: str | None = None) -> Any:
@@ -46,8 +47,12 @@ SETTINGS: dict[str, tuple[Any, Any]] = {
     "reward": (str, _option(
         "What is good: a name, file.py:function, module:function, an address or a weighted sum.", "--reward"
     )),
-    "judge": (str, _option("Held-out judge, or none.", "--judge")),
-    "model": (str, typer.Option("--model", help="emoji, a diffusers folder or a hub id. [default: emoji]")),
+    "judge": (str, _option("Held-out judge: judge, a reward that is not optimized, or none.", "--judge")),
+    "model": (str, typer.Option("--model", help="emoji, a diffusers folder, a .safetensors file or a hub id. [default: emoji]")),
+    "revision": (str, _option("Branch, tag or commit of a hub id.", "--revision")),
+    "variant": (str, _option("Which files of the model, for example fp16.", "--variant")),
+    "model_config": (str, _option("Folder or hub id of what a .safetensors file lacks.", "--model-config")),
+    "trust_remote_code": (bool, _option("Run code that the model brings.", "--trust-remote-code")),
     "budget": (int, _option("Images the search may generate, the raw one included.", "--budget")),
     "seed": (int, _option("Seed of noise, space and strategy.", "--seed")),
     "search_seeds": (int, _option("Seeds every candidate is scored on.", "--search-seeds")),
@@ -56,7 +61,8 @@ SETTINGS: dict[str, tuple[Any, Any]] = {
     "num_inference_steps": (
         int, _option("Sampler steps.", "--steps", "--num-inference-steps", setting="num_inference_steps")
     ),
-    "guidance_scale": (float, _option("Classifier-free guidance.", "--guidance-scale")),
+    "guidance_scale": (float, _option("Guidance, classifier-free or distilled.", "--guidance-scale")),
+    "true_cfg_scale": (float, _option("Classifier-free guidance on top of a distilled one.", "--true-cfg-scale")),
     "height": (int, _option("Pixels; 0 for the model's own.", "--height")),
     "width": (int, _option("Pixels; 0 for the model's own.", "--width")),
     "scheduler": (str, _option("A scheduler class of diffusers.", "--scheduler")),
@@ -78,6 +84,8 @@ SETTINGS: dict[str, tuple[Any, Any]] = {
     "chunk": (int, _option("Most images per pipeline call.", "--chunk")),
     "device": (str, _option("auto, cpu, cuda, cuda:1, mps.", "--device")),
     "dtype": (str, _option("auto, float32, float16, bfloat16.", "--dtype")),
+    "memory": (str, _option("Memory levers, separated by commas: see docs/models.md.", "--memory")),
+    "low_memory": (bool, _option("Pull the levers that leave the image as it is.", "--low-memory")),
 }  # fmt: skip
 """Types and options of the settings that every command which searches takes; None is the model's default."""
 
@@ -229,10 +237,22 @@ def list_names(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    as_json: Json = False,
+    models: Annotated[
+        bool, typer.Option("--models", help="Show which pipelines of diffusers can be searched.")
+    ] = False,
+) -> None:
     """Shows versions, devices, which weights are present and how to get the missing ones. Exit code 1 on a problem."""
-    from ipgo_opt.doctor import examine, print_report
+    from ipgo_opt.doctor import examine, print_models, print_report
+    from ipgo_opt.models.interface import support_matrix
 
+    if models:
+        if as_json:
+            print(json.dumps(support_matrix(), ensure_ascii=False))
+        else:
+            print_models()
+        return
     findings = examine()
     if as_json:
         print(json.dumps(findings, ensure_ascii=False))

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ipgo_opt.errors import BadInput
-from ipgo_opt.models import ModelSource, resolve
+from ipgo_opt.models import EMBEDDED, ModelSource, memory, resolve
+from ipgo_opt.registry import unknown
 from ipgo_opt.spaces import BASES, SPACES
 from ipgo_opt.strategies import STRATEGIES
 
 if TYPE_CHECKING:
+    from ipgo_opt.models.interface import Interface
     from ipgo_opt.models.sampler import SamplerSettings
     from ipgo_opt.spaces.tokens import TokenShape
     from ipgo_opt.strategies.gradient import GradientOptions
@@ -30,11 +32,16 @@ class RunConfig:
 
     Attributes:
         prompt: the raw prompt C; rewards always score images against it.
-        model: "emoji", a diffusers folder or a hub id.
+        model: "emoji", a diffusers folder, a checkpoint in one safetensors file or a hub id.
+        revision: branch, tag or commit of a hub id, "" for the main one.
+        variant: which files of the model, for example "fp16"; "" for the plain ones.
+        model_config: folder or hub id of the configuration that a checkpoint in one file lacks; "" to infer it.
+        trust_remote_code: whether code that the model brings may run.
         space: what is searched.
         strategy: how it is searched.
         reward: name or weighted sum of rewards; larger is better.
-        judge: a held-out judge shown beside the reward, or "none".
+        judge: a held-out judge shown beside the reward: "judge" (the embedded model's), a reward that is not optimized,
+            or "none".
         budget: images that the search may generate, the raw one included.
         seed: first search seed; also seeds the space and the strategy.
         search_seeds: seeds on which every candidate is scored; their mean counts.
@@ -42,7 +49,8 @@ class RunConfig:
             searched on (0: the first ones; 1: nothing but seeds, best-of-n).
         held_out: fresh seeds for the verdict, raw and optimized (0 to skip it).
         num_inference_steps: sampler steps T.
-        guidance_scale: weight of classifier-free guidance.
+        guidance_scale: weight of guidance, classifier-free or distilled, whichever the pipeline has.
+        true_cfg_scale: weight of classifier-free guidance on top, in pipelines whose guidance is a distilled one.
         height, width: image size in pixels; 0 for the model's own.
         scheduler: a diffusers scheduler class, "" for the model's own.
         negative_prompt: prompt of the unconditional half.
@@ -60,11 +68,17 @@ class RunConfig:
         chunk: most images per pipeline call.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         dtype: "auto" (float32 on the CPU, float16 elsewhere) or one of float32, float16, bfloat16.
+        memory: levers that save memory, separated by commas: see models/memory.py.
+        low_memory: whether to pull those that leave the image as it is.
 
     """
 
     prompt: str
     model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    revision: str = ""
+    variant: str = ""
+    model_config: str = ""
+    trust_remote_code: bool = False
     space: str = "tokens"
     strategy: str = "gradient"
     reward: str = "clip"
@@ -76,6 +90,7 @@ class RunConfig:
     held_out: int = 8
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
+    true_cfg_scale: float = 1.0
     height: int = 0
     width: int = 0
     scheduler: str = "LMSDiscreteScheduler"
@@ -97,6 +112,22 @@ class RunConfig:
     chunk: int = 8
     device: str = "auto"
     dtype: str = "auto"
+    memory: str = ""
+    low_memory: bool = False
+
+    def model_source(self) -> ModelSource:
+        """The model, found and checked but not loaded."""
+        return resolve(
+            self.model, revision=self.revision, variant=self.variant, remote_code=self.trust_remote_code,
+            config=self.model_config,
+        )  # fmt: skip
+
+    def memory_levers(self) -> tuple[str, ...]:
+        """The levers to pull; BadInput for one that does not exist or does not go with the strategy."""
+        levers = memory.parse(self.memory, low=self.low_memory)
+        if self.strategy == "gradient" and memory.NO_GRADIENT & set(levers):
+            raise BadInput(f"memory lever {min(memory.NO_GRADIENT & set(levers))!r} does not go with a gradient.")
+        return levers
 
     @property
     def tried_seeds(self) -> int:
@@ -117,13 +148,13 @@ class RunConfig:
 
         return GradientOptions(self.learning_rate, self.decay, self.decay_every, self.max_grad_norm)
 
-    def sampler_settings(self, size: tuple[int, int]) -> SamplerSettings:
-        """How images are made; `size` is the model's own (height, width)."""
+    def sampler_settings(self) -> SamplerSettings:
+        """How images are made."""
         from ipgo_opt.models.sampler import SamplerSettings
 
         return SamplerSettings(
-            self.num_inference_steps, self.guidance_scale, self.height or size[0], self.width or size[1],
-            self.grad_steps, self.negative_prompt,
+            self.num_inference_steps, self.guidance_scale, self.height, self.width, self.grad_steps,
+            self.negative_prompt, self.true_cfg_scale,
         )  # fmt: skip
 
 
@@ -152,6 +183,14 @@ prompt, four do so less. A search on one seed climbs what holds for that seed on
 third of the images, make a gain that fresh seeds and the judge agree with (docs/method.md).
 """
 
+PAPER_CLASS = "StableDiffusionPipeline"
+"""The pipeline of the paper's model; every other one starts from its own steps, guidance and scheduler."""
+
+PIPELINES_OWN = ("scheduler", "num_inference_steps", "guidance_scale")
+
+FEW_STEPS = {"stabilityai/sd-turbo": 1, "stabilityai/sdxl-turbo": 1, "black-forest-labs/FLUX.1-schnell": 4}
+"""Sampler steps of models that were distilled to few of them and to no guidance; their pipelines do not say so."""
+
 
 BLACK_BOX_DEFAULTS: dict[str, Any] = {
     "budget": 100, "batch_size": 4, "search_seeds": 1, "seed_share": 0.33, "basis": "states", "basis_size": 8,
@@ -162,6 +201,27 @@ candidates in batches, and a third of the budget for the seed, the strongest coo
 
 BLACK_BOX_SCALES = {"emoji": 4.0}
 """Factor on the tokens for black boxes, by model: the states of its text encoder are that large."""
+
+
+def pipeline_interface(class_name: str) -> Interface:
+    """What the pipeline class of that name takes and returns."""
+    import diffusers
+
+    from ipgo_opt.models.interface import Interface
+
+    return Interface.of(getattr(diffusers, class_name))
+
+
+def pipeline_defaults(chosen: dict[str, Any]) -> dict[str, Any]:
+    """Steps, guidance and scheduler as the pipeline of a model has them, unless it is the paper's."""
+    if chosen["model"] in FEW_STEPS:
+        return {"scheduler": "", "num_inference_steps": FEW_STEPS[chosen["model"]], "guidance_scale": 0.0}
+    named = {field.name: chosen[field.name] for field in dataclasses.fields(RunConfig) if field.name in chosen}
+    class_name = RunConfig("", **named).model_source().class_name
+    if class_name in (None, PAPER_CLASS):
+        return {}
+    interface = pipeline_interface(class_name)
+    return {"scheduler": "", "num_inference_steps": interface.steps, "guidance_scale": interface.scale}
 
 
 def configure(prompt: str, **given: Any) -> RunConfig:
@@ -177,7 +237,7 @@ def configure(prompt: str, **given: Any) -> RunConfig:
     model = chosen.setdefault("model", "emoji")
     if not isinstance(model, str):
         raise BadInput(f"model must be a name, a folder or a hub id, but got {model!r}.")
-    defaults = dict(MODEL_DEFAULTS.get(model, {}))
+    defaults = dict(MODEL_DEFAULTS[model]) if model in MODEL_DEFAULTS else pipeline_defaults(chosen)
     if chosen.get("space") == "seeds":
         defaults |= {"strategy": "random", "search_seeds": 1, "seed_share": 1.0}
     elif chosen.get("strategy", "gradient") != "gradient":
@@ -202,7 +262,6 @@ def _whole(config: RunConfig, **least: int) -> None:
 
 def check(config: RunConfig) -> ModelSource:
     """Raises BadInput unless the configuration can run; returns the resolved model."""
-    from ipgo_opt.rewards import JUDGES
     from ipgo_opt.rewards.base import prepare, shown
 
     if not isinstance(config.prompt, str) or not config.prompt.strip():
@@ -211,7 +270,17 @@ def check(config: RunConfig) -> ModelSource:
         config, budget=1, seed=0, search_seeds=1, held_out=0, num_inference_steps=1, height=0, width=0, grad_steps=1,
         prefix=0, suffix=0, basis_size=1, decay_every=1, batch_size=1, chunk=1,
     )  # fmt: skip
-    for name in ("guidance_scale", "seed_share", "gamma", "scale", "spread", "learning_rate", "decay", "max_grad_norm"):
+    for name in (
+        "guidance_scale",
+        "true_cfg_scale",
+        "seed_share",
+        "gamma",
+        "scale",
+        "spread",
+        "learning_rate",
+        "decay",
+        "max_grad_norm",
+    ):
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
             raise BadInput(f"`{name} >= 0` must hold for a finite number, but got {name}={value!r}.")
@@ -241,23 +310,23 @@ def check(config: RunConfig) -> ModelSource:
             "more images per update: search_seeds."
         )
     named = not config.reward.startswith("object:")  # otherwise it was passed to ipgo_opt.optimize as an object
-    reward = prepare(config.reward) if named else None
+    embedded = config.model in EMBEDDED
+    reward = prepare(config.reward, embedded) if named else None
     if reward is not None and config.strategy == "gradient" and not reward.differentiable:
         raise BadInput(f"strategy 'gradient' needs a differentiable reward, but {shown(config.reward)} is not.")
-    if config.judge != "none":
-        JUDGES.check(config.judge)
+    judge = check_judge(config.judge, config.reward, embedded)
     config.token_shape().check()
     check_basis(config)
     config.gradient_options()
     check_device(config.device, config.dtype)
-    source = resolve(config.model)
-    foreign = (reward is not None and not reward.any_model) or config.judge != "none"
-    if not source.embedded and foreign:
-        raise BadInput(
-            f"the rewards and the judge of this version know the embedded model's world only, but got reward="
-            f"{shown(config.reward)}, judge={config.judge}, model={config.model!r}; with another model, give a "
-            "function (file.py:function) or an address, or pass a reward object to ipgo_opt.optimize."
-        )
+    config.memory_levers()
+    source = config.model_source()
+    if source.class_name is not None:
+        pipeline_interface(source.class_name).check_guidance(config.negative_prompt, config.true_cfg_scale)
+    strangers = [] if reward is None else reward.strangers
+    strangers += judge
+    if strangers:
+        raise BadInput(f"{strangers[0]!r} knows the embedded model's world only, but got model={config.model!r}.")
     if config.space == "seeds" and (config.strategy != "random" or config.seed_share != 1):
         raise BadInput(
             f"the space of seeds has nothing else to search (strategy random, seed_share 1), but got "
@@ -269,6 +338,27 @@ def check(config: RunConfig) -> ModelSource:
         if not hasattr(getattr(diffusers, config.scheduler, None), "set_timesteps"):
             raise BadInput(f"scheduler must be a scheduler class of diffusers, but got {config.scheduler!r}.")
     return source
+
+
+def check_judge(judge: str, reward: str, embedded: bool) -> list[str]:
+    """What of a judge knows the embedded model's world only, with another model.
+
+    A judge is one of JUDGES or a reward that is not optimized; BadInput for anything else, and for missing weights.
+    """
+    from ipgo_opt.rewards import JUDGES
+    from ipgo_opt.rewards.base import parse, prepare
+
+    if judge == "none":
+        return []
+    if judge in JUDGES:
+        return [] if embedded else [judge]
+    try:
+        terms = parse(judge)
+    except BadInput:
+        raise unknown("judge", judge, [*JUDGES, "the name of a reward"]) from None
+    if not reward.startswith("object:") and {term.name for term in terms} & {term.name for term in parse(reward)}:
+        raise BadInput(f"the judge must be held out of the reward, but got judge={judge!r}, reward={reward!r}.")
+    return prepare(judge, embedded).strangers
 
 
 def check_basis(config: RunConfig) -> None:

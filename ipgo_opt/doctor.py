@@ -10,11 +10,13 @@ from typing import Any
 
 from ipgo_opt import __version__
 from ipgo_opt.models import EMBEDDED, MODELS
+from ipgo_opt.models.interface import support_matrix
 from ipgo_opt.rewards.clip import EMOJI
+from ipgo_opt.rewards.weights import Weights
 
 PACKAGES = (
-    "torch", "torchvision", "diffusers", "transformers", "open_clip_torch", "botorch", "gpytorch", "nevergrad",
-    "safetensors", "scipy", "typer", "rich", "pillow", "huggingface_hub",
+    "torch", "torchvision", "diffusers", "transformers", "accelerate", "open_clip_torch", "botorch", "gpytorch",
+    "nevergrad", "safetensors", "scipy", "typer", "rich", "pillow", "huggingface_hub",
 )  # fmt: skip
 
 
@@ -65,6 +67,9 @@ def examine() -> dict[str, Any]:
         weights.append({"name": f"{name} (emoji)", "kind": "reward", "present": present, "get": "reinstall ipgo-opt"})
         if not present:
             problems.append(f"the embedded reward {name} is missing; cure: reinstall ipgo-opt")
+    for file in reward_weights():
+        present = file.find() is not None
+        weights.append({"name": f"{file.reward} ({file.size})", "kind": "reward", "present": present, "get": file.get})
     return {
         "ipgo_opt": __version__,
         "python": platform.python_version(),
@@ -76,10 +81,32 @@ def examine() -> dict[str, Any]:
     }
 
 
+def reward_weights() -> list[Weights]:
+    """The weights of the rewards for real models, as far as they can be named before they are chosen."""
+    from ipgo_opt.rewards import aesthetic, hps, pickscore
+
+    return [aesthetic.BACKBONE_WEIGHTS, aesthetic.LAION, *hps.VERSIONS.values(), pickscore.MODEL]
+
+
 def _cached(hub_id: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     return isinstance(try_to_load_from_cache(hub_id, "model_index.json"), str)
+
+
+def print_models() -> None:
+    """The support matrix of text-to-image pipelines, on standard output, by inspection of what is installed."""
+    rows = support_matrix()
+    accepted = [row for row in rows if "refused" not in row]
+    print(f"{len(accepted)} of the {len(rows)} classes of diffusers' text-to-image mapping can be searched")
+    width = max(len(row["pipeline"]) for row in rows)
+    for row in accepted:
+        kept = f"; as it is: {row['kept']}" if row["kept"] else ""
+        print(f"  {row['pipeline']:<{width}}  inserted into {row['inserted']}{kept}; guidance {row['guidance']}")
+    print("the others")
+    for row in rows:
+        if "refused" in row:
+            print(f"  {row['pipeline']:<{width}}  {row['refused']}")
 
 
 def print_report(findings: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from ipgo_opt import __version__
 from ipgo_opt.config import FIRST_HELD_OUT_SEED, RunConfig, check, check_device, configure
 from ipgo_opt.errors import BadInput, RunFailed
 from ipgo_opt.loop import Loop, Reporter, finite
-from ipgo_opt.models import load_pipeline, make_sampler, resolve
+from ipgo_opt.models import EMBEDDED, load_pipeline, make_sampler
 from ipgo_opt.objective import Evaluation, Objective
 from ipgo_opt.rewards import JUDGES
 from ipgo_opt.rewards.base import Reward, RewardFailed, Term, WeightedSum, prepare, shown
@@ -248,20 +248,28 @@ def _prepare(config: RunConfig, custom: Reward | None, loaded: dict[Any, Any]) -
 
     strategy_class = STRATEGIES.load(config.strategy)
     device, dtype = check_device(config.device, config.dtype)
-    reward = once(_reward, config.reward, device) if custom is None else WeightedSum([Term(1, config.reward)], [custom])
+    reward = (
+        once(_reward, config.reward, device, config.model in EMBEDDED)
+        if custom is None
+        else WeightedSum([Term(1, config.reward)], [custom])
+    )
     if strategy_class.uses_gradient and not reward.differentiable:
         raise BadInput(
             f"strategy {config.strategy!r} needs a differentiable reward, but {shown(config.reward)} is not."
         )
-    judge = None if config.judge == "none" else once(JUDGES.load(config.judge), device)
-    pipeline = once(load_pipeline, resolve(config.model), device, dtype)
+    judge = None if config.judge == "none" else once(_judge, config.judge, device, config.model in EMBEDDED)
+    pipeline = once(load_pipeline, config.model_source(), device, dtype, config.memory_levers())
     sampler = make_sampler(pipeline, config.sampler_settings, scheduler=config.scheduler, chunk=config.chunk)
     space = SPACES.load(config.space)(sampler.width, config.token_shape(), config.seed, _directions(config, sampler))
     return _Parts(strategy_class, reward, judge, sampler, space)
 
 
-def _reward(spec: str, device: str) -> WeightedSum:
-    return prepare(spec).load(device)
+def _reward(spec: str, device: str, embedded: bool) -> WeightedSum:
+    return prepare(spec, embedded).load(device)
+
+
+def _judge(name: str, device: str, embedded: bool) -> Reward:
+    return JUDGES.load(name)(device) if name in JUDGES else _reward(name, device, embedded)
 
 
 def _directions(config: RunConfig, sampler: Sampler) -> dict[str, Tensor] | None:
@@ -391,10 +399,7 @@ def _write_best(loop: Loop, space: Any) -> None:
     config, objective = loop.config, loop.objective
     x = None if loop.best_x is None else loop.best_x[None]
     with torch.no_grad():
-        conditioning = objective.applied(x)[0].levelled()
-        tensors = {"prompt_embeds": conditioning.prompt_embeds, **conditioning.extra}
-        if conditioning.negative_prompt_embeds is not None:
-            tensors["negative_prompt_embeds"] = conditioning.negative_prompt_embeds
+        tensors = objective.sampler.tensors(objective.applied(x)[0])
         if x is not None:
             tensors |= {"x": x[0], **space.learned(x[0], full=objective.full)}
     settings = objective.sampler.settings
@@ -403,11 +408,12 @@ def _write_best(loop: Loop, space: Any) -> None:
         "prompt": config.prompt,
         "negative_prompt": config.negative_prompt,
         "model": config.model,
+        "revision": config.revision,
         "scheduler": type(objective.sampler.pipeline.scheduler).__name__,
         "num_inference_steps": settings.num_inference_steps,
         "guidance_scale": settings.guidance_scale,
-        "height": settings.height,
-        "width": settings.width,
+        "height": objective.sampler.size[0],
+        "width": objective.sampler.size[1],
         "seed": loop.seeds[0],
         "reward": shown(config.reward),
         "ipgo_opt": __version__,

@@ -146,9 +146,9 @@ def test_help_shows_every_setting_and_its_default(command):
     assert code == 0
     for shown in (
         "[default: 0.02 for emoji, 0.001 for other models]",
-        "[default: 20 for emoji, 50 for other models]",
+        "[default: 10 for emoji, 50 for Stable Diffusion 1 and 2, the pipeline's own elsewhere]",
         "[default: clip+preference for emoji, clip for other models]",
-        "[default: the model's own for emoji, LMSDiscreteScheduler for other models]",
+        "[default: the model's own for emoji, LMSDiscreteScheduler for Stable Diffusion 1 and 2, ",
         "The unconditional prompt. [default: none]",
         "[default: gradient]",
         "[default: emoji]",
@@ -171,7 +171,7 @@ BAD = [
     ([*FOX, "--model", "nowhere"], "model must be one of .*'nowhere'"),
     ([*FOX, "--model", "some/hub-model"], "hf download some/hub-model"),
     ([*FOX, "--model", "EMPTY"], r"no model_index\.json"),
-    ([*FOX, "--model", "FILE"], "is a file"),
+    ([*FOX, "--model", "FILE"], "must be a safetensors file"),
     ([*FOX, "--budget", "-3"], "budget=-3"),
     ([*FOX, "--budget", "1"], "budget=1"),
     ([*FOX, "--held-out", "-1"], "held_out=-1"),
@@ -252,11 +252,15 @@ def test_a_wrong_command_line_is_exit_code_2(command, arguments):
     assert not list(Path.cwd().iterdir())
 
 
-def test_a_run_of_another_model_needs_a_reward_object(command, tiny_folder):
-    """The embedded rewards know the embedded model's world only."""
+def test_a_run_of_another_model_says_which_weights_it_needs(command, tiny_folder, tmp_path, monkeypatch):
+    """There `clip` means the published CLIP, which is looked for in the cache of the Hugging Face hub."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     code, out, err = command(*FOX, "--model", str(tiny_folder), "--scheduler", "", "--basis-size", "4", "--budget", "3")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "pass a reward object" in err
+    assert "clip:ViT-L-14/openai" in err
+    assert "get it with: hf download" in err
 
 
 def test_a_failed_run_is_exit_code_1(command, monkeypatch):

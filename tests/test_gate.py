@@ -15,7 +15,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ipgo_opt.conditioning import Conditioning
 from ipgo_opt.errors import BadInput
-from ipgo_opt.models.sampler import Sampler, unsupported
+from ipgo_opt.models.interface import unsupported
+from ipgo_opt.models.sampler import Sampler
 
 T, GUIDANCE, SEEDS = 4, 3.0, (7, 11)
 DOUBLE = torch.float64

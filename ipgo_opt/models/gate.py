@@ -1,17 +1,52 @@
 """The gradient gate: K-step truncated backpropagation through a pipeline's own sampling loop.
 
 While it is open, the denoiser's `forward` runs the first T − K sampler steps under `no_grad`; in the last K steps the
-unconditional half of classifier-free guidance runs apart from the conditional one, and under `no_grad` as long as
-nothing that enters it needs a gradient. The result is exactly the gradient of DRaFT-K (Clark et al.,
-arXiv 2309.17400) with respect to whatever tensors were given to the pipeline.
+half of classifier-free guidance that depends on nothing that needs a gradient runs apart from the other one, under
+`no_grad`. The result is exactly the gradient of DRaFT-K (Clark et al., arXiv 2309.17400) with respect to whatever
+tensors were given to the pipeline. Pipelines that call the denoiser twice a step instead of on both halves together
+need nothing more: a call into which no gradient enters builds no graph.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
+
+
+@contextmanager
+def shadowed(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """While open, `make(method)` stands where the method `name` of `owner` is.
+
+    What was in the instance before (the hooks of offloading, for example) is there again afterwards.
+    """
+    before = owner.__dict__.get(name)
+    method = getattr(owner, name)
+    object.__setattr__(owner, name, functools.wraps(method)(make(method)))
+    try:
+        yield
+    finally:
+        if before is None:
+            object.__delattr__(owner, name)
+        else:
+            object.__setattr__(owner, name, before)
+
+
+def denoiser(pipeline: Any) -> Any:
+    """The module that a pipeline calls in every step."""
+    unet = getattr(pipeline, "unet", None)
+    return pipeline.transformer if unet is None else unet
+
+
+def first_input(module: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The noisy images of a denoiser call: its first argument, by position or by name; their number is its len."""
+    return args[0] if args else kwargs[next(iter(inspect.signature(module).parameters))]
 
 
 class Gate:
@@ -20,34 +55,45 @@ class Gate:
     Args:
         pipeline: a diffusers pipeline with a `unet` or `transformer`.
         grad_steps: K, sampler steps at the end that are differentiated; 0 for none.
-        negative_needs_grad: whether the negative embeddings carry a gradient themselves.
+        rows: images of the pipeline call.
+        searched: the tensors given to the pipeline that need a gradient.
 
     Attributes:
         calls: images denoised by one denoiser evaluation each, the unconditional ones included.
 
     """
 
-    def __init__(self, pipeline: Any, grad_steps: int, negative_needs_grad: bool = False) -> None:
-        self.pipeline, self.grad_steps, self.negative_needs_grad = pipeline, grad_steps, negative_needs_grad
-        self.denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+    def __init__(self, pipeline: Any, grad_steps: int, rows: int, searched: Sequence[Tensor] = ()) -> None:
+        self.pipeline, self.grad_steps, self.rows, self.searched = pipeline, grad_steps, rows, searched
         self.calls = self.iteration = 0
 
     def __enter__(self) -> Gate:
-        self.own = self.denoiser.__dict__.get("forward")  # set by offloading hooks, for example
-        self.original = self.denoiser.forward
-        self.denoiser.forward = self._forward
+        self.shadows = (
+            shadowed(denoiser(self.pipeline), "forward", self._gated),
+            shadowed(self.pipeline.scheduler, "step", self._counted),
+            shadowed(self.pipeline, "encode_prompt", self._undecorated),
+        )
+        for shadow in self.shadows:
+            shadow.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self.own is None:
-            del self.denoiser.forward
-        else:
-            self.denoiser.forward = self.own
+        for shadow in self.shadows:
+            shadow.__exit__(None, None, None)
 
-    def on_step_end(self, pipeline: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        """The pipeline's `callback_on_step_end`: one iteration of the sampling loop is over."""
-        self.iteration += 1
-        return {}
+    def _counted(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.iteration += 1
+            return step(*args, **kwargs)
+
+        return counted
+
+    def _undecorated(self, encode: Callable[..., Any]) -> Callable[..., Any]:
+        """`encode_prompt`, through which given embeddings pass, without the `no_grad` that some pipelines put on it."""
+        inner = getattr(encode, "__wrapped__", None)
+        return lambda *args, **kwargs: (
+            encode(*args, **kwargs) if inner is None else inner(self.pipeline, *args, **kwargs)
+        )
 
     def _differentiated(self) -> bool:
         scheduler = self.pipeline.scheduler
@@ -55,31 +101,57 @@ class Gate:
         steps = -(-len(scheduler.timesteps) // order)
         return self.iteration >= order * (steps - self.grad_steps)
 
-    def _forward(self, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.calls += len(sample)
-        if not self._differentiated():
-            with torch.no_grad():
-                return self.original(sample, *args, **kwargs)
-        if getattr(self.pipeline, "do_classifier_free_guidance", False) and not kwargs.get("return_dict", True):
-            return self._halves(sample, args, kwargs)
-        return self.original(sample, *args, **kwargs)
+    def _gated(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def gated(*args: Any, **kwargs: Any) -> Any:
+            size = len(first_input(forward, args, kwargs))
+            self.calls += size
+            if not self._differentiated():
+                with torch.no_grad():
+                    return forward(*args, **kwargs)
+            perturbed = getattr(self.pipeline, "do_perturbed_attention_guidance", False)  # reads the batch as a whole
+            if size == 2 * self.rows and not perturbed and not kwargs.get("return_dict", True):
+                return self._halves(forward, size, args, kwargs)
+            return forward(*args, **kwargs)
 
-    def _halves(self, sample: torch.Tensor, args: Any, kwargs: Any) -> Any:
-        batch, half = len(sample), len(sample) // 2
+        return gated
 
-        def part(value: Any, rows: slice) -> Any:
-            if isinstance(value, torch.Tensor) and value.ndim and len(value) == batch:
-                return value[rows]
-            if isinstance(value, dict):
-                return {key: part(inner, rows) for key, inner in value.items()}
-            return value
-
+    def _halves(self, forward: Callable[..., Any], batch: int, args: Any, kwargs: Any) -> Any:
         out = []
-        for rows, needs_grad in (
-            (slice(0, half), sample.requires_grad or self.negative_needs_grad),
-            (slice(half, batch), True),
-        ):
-            with torch.set_grad_enabled(needs_grad):
-                inputs = [part(value, rows) for value in args]
-                out.append(self.original(sample[rows], *inputs, **part(kwargs, rows))[0])
-        return (torch.cat(out),)
+        for rows in (slice(0, batch // 2), slice(batch // 2, batch)):
+            inputs = [_part(value, rows, batch) for value in args]
+            named = {name: _part(value, rows, batch) for name, value in kwargs.items()}
+            with torch.set_grad_enabled(self._needs_grad(first_input(forward, inputs, named), [inputs, named])):
+                out.append(forward(*inputs, **named)[0])
+        return (out[0] + out[1] if isinstance(out[0], list) else torch.cat(out),)
+
+    def _needs_grad(self, sample: Any, half: Any) -> bool:
+        """Whether a half depends on a searched tensor: through the noisy images, or with a slope that is not 0."""
+        if any(tensor.requires_grad for tensor in tensors(sample)):
+            return True
+        entering = [tensor.sum() for tensor in tensors(half) if tensor.requires_grad]
+        if not entering:
+            return False
+        slopes = torch.autograd.grad(entering, list(self.searched), retain_graph=True, allow_unused=True)
+        return any(slope is not None and bool(slope.any()) for slope in slopes)
+
+
+def _part(value: Any, rows: slice, batch: int) -> Any:
+    """The rows of an argument, and of what it holds, that has one row per image of the batch."""
+    if isinstance(value, Tensor):
+        return value[rows] if value.ndim and len(value) == batch else value
+    if isinstance(value, dict):
+        return {key: _part(inner, rows, batch) for key, inner in value.items()}
+    if isinstance(value, list) and len(value) == batch:
+        return value[rows]
+    return value
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from tensors(inner)

@@ -1,16 +1,18 @@
 """The sampler: a thin adapter over an unmodified diffusers pipeline.
 
-Prompts are encoded by the pipeline's own `encode_prompt` and images are made by its own `__call__`, so that every
-scheduler works and an image without inserted tokens is the one that diffusers gives for the prompt and the seed.
+Prompts are encoded by the pipeline's own `__call__`, listened to as it encodes, and images are made by the same
+`__call__` from embeddings, so that every scheduler works and an image without inserted tokens is the one that diffusers
+gives for the prompt and the seed. What a pipeline takes and returns is read off its class (`interface.py`).
 """
 
 from __future__ import annotations
 
-import inspect
+import functools
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +20,8 @@ from torch import Tensor
 
 from ipgo_opt.conditioning import Conditioning
 from ipgo_opt.errors import BadInput
-from ipgo_opt.models.gate import Gate
+from ipgo_opt.models.gate import Gate, denoiser, first_input, shadowed, tensors
+from ipgo_opt.models.interface import Interface
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,11 @@ class SamplerSettings:
 
     Attributes:
         num_inference_steps: sampler steps T.
-        guidance_scale: weight of classifier-free guidance; 1 or less turns it off.
-        height, width: image size in pixels.
+        guidance_scale: weight of guidance; where it is classifier-free, 1 or less turns it off.
+        height, width: image size in pixels; 0 for the pipeline's own.
         grad_steps: K, steps at the end that are differentiated when a gradient is asked for.
         negative_prompt: what the unconditional half sees.
+        true_cfg_scale: weight of classifier-free guidance in pipelines whose `guidance_scale` is a distilled one.
 
     """
 
@@ -40,36 +44,90 @@ class SamplerSettings:
     width: int
     grad_steps: int = 1
     negative_prompt: str = ""
+    true_cfg_scale: float = 1.0
 
 
-ENCODED = {
-    2: ("prompt_embeds", "negative_prompt_embeds"),
-    4: ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
-}
-"""What `encode_prompt` returns, by its number of outputs (SD 1.x and 2.x; SDXL)."""
+STATES = ("prompt_embeds", "negative_prompt_embeds")
+"""The arguments that hold the sequences of the two halves."""
+
+WORD = re.compile(r"(?P<start>[▁Ġ])?(?P<word>[a-z]{3,})(?(start)|</w>)")
+"""Tokens of a vocabulary that are whole words: `word</w>` in CLIP's, `▁word` or `Ġword` in those of language models."""
 
 
-WORD = re.compile(r"[a-z]{3,}</w>")
-"""Tokens of a CLIP vocabulary that are whole words."""
+class _Encoded(Exception):
+    """Ends a pipeline call as soon as the prompt is encoded."""
 
 
-def unsupported(pipeline_class: type) -> str | None:
-    """Why a pipeline class can't be driven by prompt embeddings through the gate, or None if it can."""
-    call = getattr(pipeline_class.__call__, "__wrapped__", None)
-    if call is None:
-        return "its __call__ can't be run with gradients"
-    arguments = inspect.signature(call).parameters
-    if "image" in arguments:
-        return "it starts from an image, not from text"
-    for needed in ("prompt_embeds", "negative_prompt_embeds", "callback_on_step_end", "guidance_scale"):
-        if needed not in arguments:
-            return f"its __call__ takes no {needed}"
-    extra = {"prompt_embeds_2", "prompt_attention_mask", "prompt_embeds_mask"} & set(arguments)
-    if extra:
-        return f"this version does not fill its argument {sorted(extra)[0]}"
-    if not hasattr(pipeline_class, "encode_prompt"):
-        return "it has no encode_prompt"
-    return None
+@dataclass
+class _Heard:
+    """What a pipeline did with a prompt before its first denoiser call.
+
+    Attributes:
+        outputs: what each call of `encode_prompt` returned.
+        batch: images in the first denoiser call for a prompt of one image.
+
+    """
+
+    outputs: list[Any] = field(default_factory=list)
+    batch: int = 1
+
+    def listening(self, encode: Callable[..., Any]) -> Callable[..., Any]:
+        """`encode_prompt`, overheard."""
+
+        def overheard(*args: Any, **kwargs: Any) -> Any:
+            self.outputs.append(encode(*args, **kwargs))
+            return self.outputs[-1]
+
+        return overheard
+
+    def stopping(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The denoiser's `forward`, which ends the pipeline call."""
+
+        def stop(*args: Any, **kwargs: Any) -> Any:
+            self.batch = len(first_input(forward, args, kwargs))
+            raise _Encoded
+
+        return stop
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """How a pipeline holds prompt_embeds: in how many nested lists, and of which shape (…) each state is."""
+
+    lists: int
+    state: tuple[int, ...]
+
+    @classmethod
+    def of(cls, value: Any) -> _Packing:
+        lists = 0
+        while isinstance(value, list):
+            value, lists = value[0], lists + 1
+        return cls(lists, tuple(value.shape[1 if lists else 2 :]))
+
+    def opened(self, value: Any) -> Tensor | None:
+        """Embeddings of one prompt as (1, L, d); None for an empty list."""
+        for _ in range(self.lists):
+            if not value:
+                return None
+            value = value[0]
+        return (value[None] if self.lists else value).flatten(2)
+
+    def closed(self, states: Tensor) -> Any:
+        """Embeddings (B, L, d) as the pipeline takes them."""
+        states = states.view(*states.shape[:2], *self.state)
+        if not self.lists:
+            return states
+        rows: list[Any] = list(states.unbind())
+        for _ in range(self.lists - 1):
+            rows = [[row] for row in rows]
+        return rows
+
+
+def _per_state(mask: Tensor | None, states: Tensor | None) -> Tensor | None:
+    """A mask with one entry per state (B, L); AuraFlow's has one per coordinate of a state, (B, L · d)."""
+    if mask is None or states is None:
+        return None
+    return mask.reshape(*states.shape[:2], -1)[..., 0]
 
 
 class Sampler:
@@ -81,19 +139,21 @@ class Sampler:
         chunk: most images per pipeline call.
 
     Attributes:
+        interface: what the pipeline takes and returns.
         images: images generated so far.
         denoiser_calls: images × denoiser evaluations so far, unconditional halves included.
+        size: (height, width) of the last images in pixels.
 
     """
 
     def __init__(self, pipeline: Any, settings: SamplerSettings, chunk: int = 8) -> None:
-        reason = unsupported(type(pipeline))
-        if reason:
-            raise BadInput(f"{type(pipeline).__name__} is not supported: {reason}.")
-        self.pipeline, self.settings, self.chunk = pipeline, settings, chunk
+        self.interface = Interface.of(type(pipeline))
+        self.interface.check_guidance(settings.negative_prompt, settings.true_cfg_scale)
+        self.pipeline, self.settings, self.chunk = pipeline, settings, chunk if self.interface.batches else 1
         undecorated: Any = type(pipeline).__call__
         self.call = undecorated.__wrapped__
         self.images = self.denoiser_calls = 0
+        self.size = (settings.height, settings.width)
         pipeline.set_progress_bar_config(disable=True)
         for component in pipeline.components.values():
             if isinstance(component, torch.nn.Module):
@@ -102,31 +162,95 @@ class Sampler:
     @property
     def width(self) -> int:
         """Width d of the encoded prompt."""
-        return int(self.encode("").prompt_embeds.shape[-1])
+        return math.prod(self._packing.state)
 
     @torch.no_grad()
     def encode(self, prompt: str) -> Conditioning:
         """The conditioning of one prompt (batch 1), exactly as the pipeline itself encodes it."""
-        arguments: dict[str, Any] = {
-            "prompt": prompt,
-            "device": self.pipeline._execution_device,
-            "num_images_per_prompt": 1,
-            "do_classifier_free_guidance": self.settings.guidance_scale > 1,
-            "negative_prompt": self.settings.negative_prompt or None,
+        named = self._named(self._listen(prompt))
+        packing = self._packing
+        states = packing.opened(named.pop("prompt_embeds"))
+        if states is None:
+            raise BadInput(f"{type(self.pipeline).__name__} encoded {prompt!r} into nothing.")
+        negative = named.pop("negative_prompt_embeds", None)
+        negative = None if negative is None else packing.opened(negative)
+        return Conditioning(
+            states,
+            negative,
+            mask=_per_state(named.pop(self.interface.mask, None), states),
+            negative_mask=_per_state(named.pop(f"negative_{self.interface.mask}", None), negative),
+            extra={name: value for name, value in named.items() if isinstance(value, Tensor)},
+            fixed_length=hasattr(denoiser(self.pipeline).config, "text_len"),
+        )
+
+    def _listen(self, prompt: str) -> _Heard:
+        """Runs the pipeline on a prompt until its first denoiser call."""
+        heard, settings = _Heard(), self.settings
+        texts = {"prompt": prompt}
+        true_cfg = self.interface.guidance == "true_cfg_scale" or settings.true_cfg_scale > 1
+        if settings.negative_prompt or true_cfg:  # which some pipelines take for off until they are given a prompt
+            texts["negative_prompt"] = settings.negative_prompt
+        with (
+            shadowed(self.pipeline, "encode_prompt", heard.listening),
+            shadowed(denoiser(self.pipeline), "forward", heard.stopping),
+        ):
+            try:
+                self.call(self.pipeline, **texts, **self._arguments([0]))
+            except _Encoded:
+                for hook in getattr(self.pipeline, "text_hooks", ()):
+                    hook.offload()
+                return heard
+        raise BadInput(f"{type(self.pipeline).__name__} made an image without calling its denoiser.")
+
+    def _named(self, heard: _Heard) -> dict[str, Any]:
+        named: dict[str, Any] = {}
+        for n, output in enumerate(heard.outputs):
+            named |= self.interface.named(output, n)
+        return named
+
+    @functools.cached_property
+    def _heard(self) -> _Heard:
+        """What the pipeline does with any prompt."""
+        with torch.no_grad():
+            return self._listen("a")
+
+    @functools.cached_property
+    def _packing(self) -> _Packing:
+        return _Packing.of(self._named(self._heard)["prompt_embeds"])
+
+    def _arguments(self, seeds: Sequence[int]) -> dict[str, Any]:
+        """Everything that the pipeline is given beside texts or embeddings."""
+        settings = self.settings
+        wanted = {
+            "true_cfg_scale": settings.true_cfg_scale,
+            self.interface.guidance: settings.guidance_scale,
+            "generator": [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds],
+            "num_inference_steps": settings.num_inference_steps,
+            "height": settings.height or None,
+            "width": settings.width or None,
+            "use_resolution_binning": False,  # the size that was asked for
+            "output_type": "pt",
+            "return_dict": False,
         }
-        out = self.pipeline.encode_prompt(**arguments)
-        if len(out) not in ENCODED:
-            raise BadInput(
-                f"{type(self.pipeline).__name__} encodes prompts into {len(out)} parts; 2 or 4 are supported."
-            )
-        named = dict(zip(ENCODED[len(out)], out, strict=True))
-        first, negative = named.pop("prompt_embeds"), named.pop("negative_prompt_embeds")
-        return Conditioning(first, negative, {name: value for name, value in named.items() if value is not None})
+        return {
+            name: value for name, value in wanted.items() if value is not None and name in self.interface.arguments
+        }  # fmt: skip
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        """Of the text encoders that the pipeline has, the tokenizer of the one that reads most."""
+        found = [
+            getattr(self.pipeline, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3", "processor")
+        ]
+        tokenizers = [one if hasattr(one, "model_max_length") else one.tokenizer for one in found if one is not None]
+        return max(tokenizers, key=self._reads)
+
+    def _reads(self, tokenizer: Any) -> int:
+        return int(min(tokenizer.model_max_length, self.interface.reads, 2**31))
 
     def token_count(self, prompt: str) -> tuple[int, int]:
         """Tokens of the prompt, begin and end included, and how many the text encoder reads."""
-        tokenizer = self.pipeline.tokenizer
-        return len(tokenizer(prompt).input_ids), int(tokenizer.model_max_length)
+        return len(self._tokenizer(prompt).input_ids), self._reads(self._tokenizer)
 
     def word_states(self, words: int = 512) -> Tensor:
         """Encoder states (n, d), float32 on the CPU, of `words` words of the tokenizer's own vocabulary.
@@ -134,16 +258,20 @@ class Sampler:
         The words are spread evenly over the vocabulary and encoded many to a prompt; states of begin, end and padding
         are left out.
         """
-        tokenizer = self.pipeline.tokenizer
-        whole = sorted(token[:-4] for token in tokenizer.get_vocab() if WORD.fullmatch(token))
+        tokenizer = self._tokenizer
+        matches = [match for token in tokenizer.get_vocab() if (match := WORD.fullmatch(token))]
+        whole = sorted({match["word"] for match in matches})
         if not whole:
             raise BadInput("basis 'states' needs a vocabulary with whole words, but this model's tokenizer has none.")
         chosen = whole[:: max(1, len(whole) // words)][:words]
-        per_prompt = max(1, int(tokenizer.model_max_length) - 2)
+        per_prompt = max(1, min(75, self._reads(tokenizer) - 2))
+        begins = int(tokenizer("a").input_ids[0] == tokenizer.bos_token_id)
         states = []
         for start in range(0, len(chosen), per_prompt):
             part = chosen[start : start + per_prompt]
-            states.append(self.encode(" ".join(part)).prompt_embeds[0, 1 : 1 + len(part)].float().cpu())
+            encoded = self.encode(" ".join(part))
+            read = encoded.prompt_embeds[0] if encoded.mask is None else encoded.prompt_embeds[0][encoded.mask[0] != 0]
+            states.append(read[begins : begins + len(part)].float().cpu())
         return torch.cat(states)
 
     def generate(self, conditioning: Conditioning, seeds: Sequence[int], *, gradient: bool = False) -> Tensor:
@@ -160,30 +288,33 @@ class Sampler:
             images.append(self._generate(conditioning.map(lambda t, rows=rows: t[rows]), seeds[rows], gradient))
         return images[0] if len(images) == 1 else torch.cat(images)
 
+    def tensors(self, conditioning: Conditioning) -> dict[str, Tensor]:
+        """The conditioning by the names of the pipeline's arguments; both halves equally long where they have to be."""
+        in_one_tensor = self._heard.batch > 1 and not self._packing.lists
+        if self.interface.equal_lengths or in_one_tensor or conditioning.mask is not None:  # masked padding is not read
+            conditioning = conditioning.levelled()
+        named = {
+            "prompt_embeds": conditioning.prompt_embeds,
+            "negative_prompt_embeds": conditioning.negative_prompt_embeds,
+            self.interface.mask: conditioning.mask,
+            f"negative_{self.interface.mask}": conditioning.negative_mask,
+            **conditioning.extra,
+        }
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
     def _generate(self, conditioning: Conditioning, seeds: Sequence[int], gradient: bool) -> Tensor:
-        inputs, settings = conditioning.levelled(), self.settings
-        negative = inputs.negative_prompt_embeds
-        unconditional = [negative, *(tensor for name, tensor in inputs.extra.items() if name.startswith("negative"))]
-        gate = Gate(
-            self.pipeline,
-            settings.grad_steps if gradient else 0,
-            any(tensor is not None and tensor.requires_grad for tensor in unconditional),
-        )
+        packed = {
+            name: self._packing.closed(tensor) if name in STATES else tensor
+            for name, tensor in self.tensors(conditioning).items()
+        }
+        if "negative_prompt" in self.interface.arguments:
+            packed["negative_prompt"] = None  # "" by default in some pipelines
+        searched = [tensor for tensor in tensors(packed) if tensor.requires_grad]
+        gate = Gate(self.pipeline, self.settings.grad_steps if gradient else 0, len(seeds), searched)
         with gate, nullcontext() if gradient else torch.no_grad():
-            images = self.call(
-                self.pipeline,
-                prompt_embeds=inputs.prompt_embeds,
-                negative_prompt_embeds=negative,
-                **inputs.extra,
-                generator=[torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds],
-                num_inference_steps=settings.num_inference_steps,
-                guidance_scale=settings.guidance_scale,
-                height=settings.height,
-                width=settings.width,
-                output_type="pt",
-                return_dict=False,
-                callback_on_step_end=gate.on_step_end,
-            )[0]
-        self.images += len(seeds)
+            images = self.call(self.pipeline, **packed, **self._arguments(seeds))[0]
+        self.images, self.size = self.images + len(seeds), (images.shape[-2], images.shape[-1])
         self.denoiser_calls += gate.calls
+        if not hasattr(self.pipeline, "image_processor"):  # which is what turns [−1, 1] into [0, 1]
+            images = (images / 2 + 0.5).clamp(0, 1)
         return images.float()

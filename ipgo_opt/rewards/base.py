@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 
 from ipgo_opt.errors import BadInput, RunFailed
-from ipgo_opt.rewards import REWARDS
+from ipgo_opt.rewards import REWARDS, entry_of, is_member, stands_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +70,8 @@ def parse(spec: str) -> tuple[Term, ...]:
     """The terms of a reward specification; imports and loads nothing.
 
     A specification is a sum of terms, `TERM+TERM+…`, and a term is `REWARD` or `NUMBER*REWARD`, where REWARD is a
-    registered name, `path/to/file.py:function`, `package.module:function` or an address `http://…`, `https://…`.
+    registered name, a member of a registered family (`clip:ViT-L-14/openai`), `path/to/file.py:function`,
+    `package.module:function` or an address `http://…`, `https://…`.
 
     A weight ends at the first `*`; later ones belong to the path or address. A `+` separates terms, with one exception:
     if what stands before it has a slash or backslash and is not a reward yet, it belongs to a path
@@ -125,7 +126,9 @@ def _split(spec: str) -> list[tuple[float, str]]:
 
 def _term(text: str) -> tuple[float, str] | None:
     match = WEIGHTED.fullmatch(text.strip())
-    if match is None or not any(kind.fullmatch(match["name"]) for kind in (ADDRESS, FUNCTION, NAME)):
+    if match is None:
+        return None
+    if not is_member(match["name"]) and not any(kind.fullmatch(match["name"]) for kind in (ADDRESS, FUNCTION, NAME)):
         return None
     return float((match["weight"] or "1").replace(" ", "")), match["name"]
 
@@ -162,55 +165,66 @@ class Prepared:
     Attributes:
         terms: weights and names.
         rewards: the reward of each term; None for a registered one, which is loaded later.
+        embedded: whether the images are the embedded model's, for which some names mean a reward of its own.
 
     """
 
     terms: tuple[Term, ...]
     rewards: tuple[Reward | None, ...]
+    embedded: bool = True
 
     @property
     def differentiable(self) -> bool:
         """Whether gradients flow from the weighted sum to the images."""
         return all(
-            getattr(REWARDS[term.name], "differentiable", True) if reward is None else reward.differentiable
+            entry_of(term.name).differentiable if reward is None else reward.differentiable
             for term, reward in zip(self.terms, self.rewards, strict=True)
         )
 
     @property
-    def any_model(self) -> bool:
-        """Whether every term can judge the images of any model, not only the embedded one's."""
-        return all(
-            reward is not None or getattr(REWARDS[term.name], "any_model", False)
+    def strangers(self) -> list[str]:
+        """The terms that make no sense for these images: rewards of the embedded model's world, under another model."""
+        return [
+            term.name
             for term, reward in zip(self.terms, self.rewards, strict=True)
-        )
+            if reward is None and not self.embedded and not entry_of(stands_for(term.name, False)).any_model
+        ]
 
     def load(self, device: str) -> WeightedSum:
         """The weighted sum, its weights on `device`."""
         rewards = [
-            REWARDS.load(term.name)(device) if reward is None else reward
+            REWARDS.load(stands_for(term.name, self.embedded))(device) if reward is None else reward
             for term, reward in zip(self.terms, self.rewards, strict=True)
         ]
         return WeightedSum(self.terms, rewards)
 
 
-def prepare(spec: str) -> Prepared:
-    """Reads a specification, imports the user's functions in it and settles their kinds; loads no weights.
+def prepare(spec: str, embedded: bool = True) -> Prepared:
+    """Reads a specification, imports the user's functions in it, settles their kinds and finds weights; loads none.
 
     An unchanged file is imported once per process, however often it is prepared.
 
+    Args:
+        spec: the specification.
+        embedded: whether the images will be the embedded model's.
+
     Raises:
-        BadInput: `parse` refuses it, or a function can't be found, imported or called as a reward.
+        BadInput: `parse` refuses it, weights are missing, or a function can't be found, imported or called as a reward.
 
     """
     terms = parse(spec)
-    return Prepared(terms, tuple(_settled(term) for term in terms))
+    return Prepared(terms, tuple(_settled(term, embedded) for term in terms), embedded)
 
 
-def _settled(term: Term) -> Reward | None:
+def _settled(term: Term, embedded: bool) -> Reward | None:
     if term.address:
         from ipgo_opt.rewards.http import HttpReward
 
         return HttpReward(term.address)
+    meant = stands_for(term.name, embedded)
+    if is_member(meant):
+        REWARDS.load(meant)  # complains about missing weights
+        return None
     if ":" in term.name:
         from ipgo_opt.rewards.custom import find
 

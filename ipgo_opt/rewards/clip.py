@@ -19,50 +19,62 @@ MOST_TEXTS = 256
 """Prompts that the text tower reads at once."""
 
 
-class ClipEncoder:
-    """A transformers CLIP with a differentiable image side.
+class Encoder:
+    """Image and text embeddings of a CLIP, with a differentiable image side.
 
     Args:
-        folder: where `save_pretrained` put model, tokenizer and image processor.
+        size: side of the images it sees, in pixels.
+        mean, std: of its normalization, three numbers each.
         device: where it runs.
+        squash: whether images are resized to a square; otherwise the shorter side is resized and the middle cut out.
+        clamp: whether resized pixels are cut to [0, 1], as 8-bit images are (bicubic filters overshoot).
 
     """
 
-    def __init__(self, folder: Path, device: str = "cpu") -> None:
-        from transformers import CLIPModel, CLIPTokenizer
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        self.model = CLIPModel.from_pretrained(str(folder), dtype=torch.float32).eval().requires_grad_(False).to(device)
-        self.tokenizer = CLIPTokenizer.from_pretrained(str(folder))
-        processing = json.loads((folder / "preprocessor_config.json").read_text())
-        self.mean = torch.tensor(processing["image_mean"], device=device).view(3, 1, 1)
-        self.std = torch.tensor(processing["image_std"], device=device).view(3, 1, 1)
-        self.size = self.model.config.vision_config.image_size
-        self.device = device
+    def __init__(
+        self, size: int, mean: Sequence[float], std: Sequence[float], device: str, *, squash: bool = False,
+        clamp: bool = True,
+    ) -> None:  # fmt: skip
+        self.size, self.device, self.squash, self.clamp = size, device, squash, clamp
+        self.mean, self.std = (torch.tensor(list(values), device=device).view(3, 1, 1) for values in (mean, std))
         self._texts: dict[str, Tensor] = {}
         self._last: tuple[weakref.ref[Tensor], tuple[int, bool], Tensor] | None = None
 
+    def embed_pixels(self, pixels: Tensor) -> Tensor:
+        """Embeddings (B, D) of normalized images (B, 3, size, size)."""
+        raise NotImplementedError
+
+    def embed_texts(self, prompts: list[str]) -> Tensor:
+        """Embeddings (n, D) of prompts, cut to the encoder's length."""
+        raise NotImplementedError
+
+    def margin(self, surplus: int) -> int:
+        """How many of `surplus` rows or columns are cut before the middle; libraries round the half differently."""
+        return surplus // 2
+
     def images(self, images: Tensor) -> Tensor:
-        """Unit embeddings (B, D) of images (B, 3, H, W) in [0, 1]: shorter side to the model's size, centre crop.
+        """Unit embeddings (B, D) of images (B, 3, H, W) in [0, 1], resized by bicubic filters with antialiasing.
 
         Asked twice in a row for the same tensor (two rewards on one encoder), it encodes once.
         """
         state = (images._version, torch.is_grad_enabled())
         if self._last is not None and self._last[0]() is images and self._last[1] == state:
             return self._last[2]
-        pixels = images.to(self.device)
-        height, width = pixels.shape[-2:]
-        if min(height, width) != self.size:
-            scale = self.size / min(height, width)
-            shape = (max(self.size, round(height * scale)), max(self.size, round(width * scale)))
-            pixels = F.interpolate(pixels, shape, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-        top, left = (pixels.shape[-2] - self.size) // 2, (pixels.shape[-1] - self.size) // 2
+        pixels = self._resized(images.to(self.device))
+        top, left = (self.margin(side - self.size) for side in pixels.shape[-2:])
         pixels = pixels[..., top : top + self.size, left : left + self.size]
-        pooled = self.model.vision_model(pixel_values=(pixels - self.mean) / self.std).pooler_output
-        embeds = F.normalize(self.model.visual_projection(pooled), dim=-1)
+        embeds = F.normalize(self.embed_pixels((pixels - self.mean) / self.std), dim=-1)
         self._last = (weakref.ref(images), state, embeds)
         return embeds
+
+    def _resized(self, pixels: Tensor) -> Tensor:
+        height, width = pixels.shape[-2:]
+        shape = (self.size * height // min(height, width), self.size * width // min(height, width))
+        shape = (self.size, self.size) if self.squash else shape
+        if shape == (height, width):
+            return pixels
+        pixels = F.interpolate(pixels, shape, mode="bicubic", antialias=True, align_corners=False)
+        return pixels.clamp(0, 1) if self.clamp else pixels
 
     @torch.no_grad()
     def texts(self, prompts: Sequence[str]) -> Tensor:
@@ -70,11 +82,43 @@ class ClipEncoder:
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
         for start in range(0, len(missing), MOST_TEXTS):
             part = missing[start : start + MOST_TEXTS]
-            # the tower is causal and read at the first end token: what pads a prompt behind it changes nothing
-            ids = self.tokenizer(part, truncation=True, padding=True, return_tensors="pt").input_ids.to(self.device)
-            pooled = self.model.text_model(input_ids=ids).pooler_output
-            self._texts.update(zip(part, F.normalize(self.model.text_projection(pooled), dim=-1), strict=True))
+            self._texts.update(zip(part, F.normalize(self.embed_texts(part), dim=-1), strict=True))
         return torch.stack([self._texts[prompt] for prompt in prompts])
+
+
+class ClipEncoder(Encoder):
+    """A transformers CLIP.
+
+    Args:
+        folder: where `save_pretrained` put the model.
+        device: where it runs.
+        processing: where it put tokenizer and image processor; by default in the same folder.
+
+    """
+
+    def __init__(self, folder: Path, device: str = "cpu", processing: Path | None = None) -> None:
+        from transformers import CLIPModel, CLIPTokenizer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        beside = folder if processing is None else processing
+        preprocessor = json.loads((beside / "preprocessor_config.json").read_text())
+        model = CLIPModel.from_pretrained(str(folder), dtype=torch.float32)
+        super().__init__(
+            model.config.vision_config.image_size, preprocessor["image_mean"], preprocessor["image_std"], device
+        )
+        self.model = model.eval().requires_grad_(False).to(device)
+        self.tokenizer = CLIPTokenizer.from_pretrained(str(beside))
+
+    def embed_pixels(self, pixels: Tensor) -> Tensor:
+        """Embeddings (B, D) of normalized images (B, 3, size, size)."""
+        return self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
+
+    def embed_texts(self, prompts: list[str]) -> Tensor:
+        """Embeddings (n, D) of prompts, cut to the encoder's length."""
+        # the tower is causal and read at the first end token: what pads a prompt behind it changes nothing
+        ids = self.tokenizer(prompts, truncation=True, padding=True, return_tensors="pt").input_ids.to(self.device)
+        return self.model.text_projection(self.model.text_model(input_ids=ids).pooler_output)
 
 
 class ClipReward:
@@ -82,7 +126,7 @@ class ClipReward:
 
     differentiable = True
 
-    def __init__(self, encoder: ClipEncoder) -> None:
+    def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -209,13 +209,10 @@ class TokenSpace:
 
     def apply(self, x: Tensor, conditioning: Conditioning, *, full: bool) -> tuple[Conditioning, Tensor]:
         """T of equation (2) for q candidates x (q, D) and one encoded prompt, and p_conf (q,) of equation (11)."""
-        states = conditioning.prompt_embeds
-        V = {name: tokens.to(states) for name, tokens in self.tokens(x, full=full).items()}
-        out = conditioning.expand(len(x))
-        parts = [V.get("prefix"), out.prompt_embeds, V.get("suffix")]
-        T = torch.cat([part for part in parts if part is not None], dim=1)
-        p_conf = (T.mean(1) - states.mean(1)).float().square().sum(-1)
-        return Conditioning(T, out.negative_prompt_embeds, out.extra), p_conf
+        V = {name: tokens.to(conditioning.prompt_embeds) for name, tokens in self.tokens(x, full=full).items()}
+        T = conditioning.expand(len(x)).insert(V.get("prefix"), V.get("suffix"))
+        p_conf = (T.mean() - conditioning.mean()).float().square().sum(-1)
+        return T, p_conf
 
     def learned(self, x: Tensor, *, full: bool) -> dict[str, Tensor]:
         """The tokens "prefix" and "suffix" (M, d) of a point x (D,) and their bases "basis.prefix", … (d, N)."""
