@@ -73,7 +73,8 @@ def learned(folder: Path, prompt: str) -> Path:
     if (folder / "run.json").exists():
         resume(folder)
     else:
-        optimize(prompt, strategy="gradient", reward="aesthetic", out=folder, held_out=0, **shape)
+        search = {"budget": 51, "search_seeds": 1, "seed_share": 0.0, "held_out": 0}
+        optimize(prompt, strategy="gradient", reward="aesthetic", out=folder, **search, **shape)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""20 prompts × rewards `clip` and `aesthetic` (and the default), gradient strategy: search, held-out and judge.
+"""20 prompts × rewards `clip`, `aesthetic` and the default `clip+preference`: search, held-out and judge.
 
     python -m benchmarks.first_light --runs runs/first-light --jobs 2
 
@@ -27,7 +27,7 @@ PROMPTS = (
 )  # fmt: skip
 """Single objects and pairs, with and without style and background."""
 
-REWARDS = ("clip", "aesthetic")
+REWARDS = ("clip", "aesthetic", "clip+preference")
 
 
 def cell(folder: Path, prompt: str, reward: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -74,9 +74,9 @@ def main() -> None:
         f"Produced by `python -m benchmarks.first_light{' --set ' + extra if extra else ''}` (defaults otherwise: "
         f"{one['images']} images per search, seed 0; {one['held_out']['n']} fresh seeds with the same tokens).",
         "",
-        "`search` is the best reward on the searched seed, `held-out` the mean over fresh seeds, `judge` the alignment "
-        "that a second CLIP, never optimized against, gives on the same fresh seeds. Differences are optimized − raw, "
-        "paired by prompt, with 95 % bootstrap intervals over the prompts.",
+        "`search` is the best reward on the searched seeds (raw: on the first ones), `held-out` the mean over fresh "
+        "seeds, `judge` the alignment that a second CLIP, never optimized against, gives on the same fresh seeds. "
+        "Differences are optimized − raw, paired by prompt, with 95 % bootstrap intervals over the prompts.",
         "",
         "| reward | search rises | search: raw → best | held-out rises | held-out: raw → optimized | difference | "
         "judge: raw → optimized | difference |",

@@ -1,6 +1,6 @@
 """The README's picture: raw images above, optimized ones below, from finished run directories.
 
-python -m benchmarks.picture runs/first-light/clip+0.2xaesthetic-* --out docs/first.png
+python -m benchmarks.picture runs/first-light/clip+preference-* --out docs/first.png
 """
 
 from __future__ import annotations
@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import textwrap
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-SIDE, GAP, LINE = 160, 8, 34
+SIDE, GAP, LINE = 160, 8, 48
 
 
 def main() -> None:
@@ -31,8 +32,9 @@ def main() -> None:
                 canvas.paste(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC), (x, row * (SIDE + GAP)))
         result = json.loads((folder / "run.json").read_text())["result"]
         scores = f"{result['raw_reward']:.2f} to {result['search_reward']:.2f}"
-        draw.text((x, 2 * SIDE + GAP + 2), result["prompt"], "black", font)
-        draw.text((x, 2 * SIDE + GAP + 17), f"reward {scores}", "gray", font)
+        label = "\n".join(textwrap.wrap(result["prompt"], 26))
+        draw.text((x, 2 * SIDE + GAP + 2), label, "black", font)
+        draw.text((x, 2 * SIDE + GAP + 32), f"reward {scores}", "gray", font)
     canvas.save(args.out)
     print(f"{len(args.runs)} runs, {os.fspath(args.out)}")
 

@@ -81,7 +81,11 @@ def solver_settings(name: str) -> dict[str, Any]:
 def plan(
     prompts: Sequence[str], strategies: Sequence[str], out: Path, *, repeats: int = 1, seed: int = 0, **settings: Any
 ) -> list[Cell]:
-    """The runs of a comparison, all settings checked; BadInput before anything is loaded or written."""
+    """The runs of a comparison, all settings checked; BadInput before anything is loaded or written.
+
+    All solvers search on one seed unless `search_seeds` is given: best rewards over different numbers of seeds could
+    not be compared.
+    """
     if not prompts or not strategies:
         raise BadInput("a comparison needs at least one prompt and one strategy.")
     for kind, names in (("prompt", prompts), ("strategy", strategies)):
@@ -94,7 +98,7 @@ def plan(
         name = f"{slug(prompt)}-{zlib.crc32(prompt.encode()):08x}"
         for repeat in range(repeats):
             for solver in strategies:
-                own = settings | solver_settings(solver) | {"seed": seed + REPEAT_SEEDS * repeat}
+                own = {"search_seeds": 1} | settings | solver_settings(solver) | {"seed": seed + REPEAT_SEEDS * repeat}
                 if own.get("strategy") == "gradient":
                     own["batch_size"] = 1  # the black boxes' setting
                 config = configure(prompt, **own)

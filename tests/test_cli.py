@@ -146,8 +146,8 @@ def test_help_shows_every_setting_and_its_default(command):
     assert code == 0
     for shown in (
         "[default: 0.02 for emoji, 0.001 for other models]",
-        "[default: 20 for emoji, 50 for Stable Diffusion 1 and 2, the pipeline's own elsewhere]",
-        "[default: clip+0.2*aesthetic for emoji, clip for other models]",
+        "[default: 10 for emoji, 50 for Stable Diffusion 1 and 2, the pipeline's own elsewhere]",
+        "[default: clip+preference for emoji, clip for other models]",
         "[default: the model's own for emoji, LMSDiscreteScheduler for Stable Diffusion 1 and 2, ",
         "The unconditional prompt. [default: none]",
         "[default: gradient]",

@@ -55,7 +55,7 @@ def images(sampler: Sampler) -> torch.Tensor:
 def test_the_folder_is_a_plain_pipeline(sampler, seed):
     """diffusers loads it as it is; what the sampler makes of the prompt is its image, pixel for pixel."""
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(FOLDER)
-    assert type(pipe.scheduler).__name__ == "LMSDiscreteScheduler"
+    assert type(pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"
     settings = sampler.settings
     plain = pipe.to(torch.float32)(
         PROMPT, generator=torch.Generator("cpu").manual_seed(seed), num_inference_steps=settings.num_inference_steps,
@@ -176,8 +176,8 @@ def test_a_run_from_the_command_line(tmp_path):
     assert Image.open(folder / "best.png").size == (64, 64)
     records = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     for record in records:
-        assert set(record["parts"]) == {"clip", "aesthetic"}
-        assert record["reward"] == pytest.approx(record["parts"]["clip"] + 0.2 * record["parts"]["aesthetic"], abs=1e-4)
+        assert set(record["parts"]) == {"clip", "preference"}
+        assert record["reward"] == pytest.approx(sum(record["parts"].values()), abs=1e-4)
         assert -1 <= record["judge"] <= 1
     assert json.loads((folder / "run.json").read_text())["result"] == summary
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
@@ -211,7 +211,7 @@ def test_search_pays(tmp_path):
     result = optimize("a cat", reward="aesthetic", budget=12, held_out=0, device="cpu", out=tmp_path)
     assert result.reward > result.raw_reward + 1e-3
     assert (result.summary["model"], result.summary["strategy"]) == ("emoji", "gradient")
-    assert configure(PROMPT).reward == "clip+0.2*aesthetic"
+    assert configure(PROMPT).reward == "clip+preference"
 
 
 @pytest.mark.parametrize("wrong", [{"basis_size": 129}, {"reward": "object:Redness"}], ids=str)

@@ -52,11 +52,11 @@ SHOWN = 8
 """Most failures of a kind on the sheet of failures."""
 
 
-def sampler(steps: int, guidance: float) -> Sampler:
-    """The embedded model with 50 LMS steps or as many as given."""
+def sampler(steps: int, guidance: float, scheduler: str) -> Sampler:
+    """The embedded model with another scheduler of diffusers, or its own ("")."""
     return load(
         resolve("emoji"), lambda size: SamplerSettings(steps, guidance, *size), device="cpu", dtype="float32",
-        scheduler="", chunk=25,
+        scheduler=scheduler, chunk=25,
     )  # fmt: skip
 
 
@@ -180,11 +180,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs"))
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--scheduler", default="LMSDiscreteScheduler")
     parser.add_argument("--prompts", type=int, default=100)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    model, rng = sampler(args.steps, args.guidance), np.random.default_rng(60)
+    model, rng = sampler(args.steps, args.guidance, args.scheduler), np.random.default_rng(60)
     names = list(OBJECTS)
 
     def single(i: int, style: str) -> Scene:
@@ -205,7 +206,10 @@ def main() -> None:
     prompts["placed"] = [positioned(scene, k % 2) for k, scene in enumerate(placed)]
     made = {name: paint(model, prompts[name], FIRST_SEED + 1000 * k) for k, name in enumerate(groups)}
     real = {name: rendered(scenes, rng) for name, scenes in groups.items()}
-    table: dict[str, Any] = {"num_inference_steps": args.steps, "guidance_scale": args.guidance, "n": args.prompts}
+    table: dict[str, Any] = {
+        "scheduler": args.scheduler or "the model's own", "num_inference_steps": args.steps,
+        "guidance_scale": args.guidance, "n": args.prompts,
+    }  # fmt: skip
     failures: list[tuple[str, torch.Tensor]] = []
     for who, load_reward in (("judge", load_judge), ("clip", load_clip)):
         judge = load_reward("cpu")

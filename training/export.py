@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderTiny, LMSDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTextModel
 
 from training.checkpoint import WORK
@@ -30,6 +30,12 @@ def classic_vocabulary(folder: Path) -> None:
     (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
     merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]]
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+
+
+def unclipped(folder: Path) -> None:
+    """Tells the schedulers that clip to [−1, 1] unless told otherwise (DDIM, DDPM) not to, should a user choose one."""
+    path = folder / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": False}, indent=2) + "\n")
 
 
 def forget_origin(folder: Path) -> None:
@@ -50,13 +56,14 @@ def main() -> None:
         text_encoder=CLIPTextModel.from_pretrained(WORK / "clip-a"),
         tokenizer=tokenizer(),
         unet=UNet2DConditionModel.from_pretrained(WORK / "unet"),
-        scheduler=LMSDiscreteScheduler(**SCHEDULE),
+        scheduler=DPMSolverMultistepScheduler(**SCHEDULE),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     ).to(torch.float16)
     pipeline.save_pretrained(target, safe_serialization=True)
     classic_vocabulary(target / "tokenizer")
+    unclipped(target / "scheduler")
     forget_origin(target)
     if card is not None:
         (target / "README.md").write_bytes(card)

@@ -11,8 +11,9 @@ The choices are synthetic. A picture's worth for a prompt is the sum of
 - composition: −0.25 for a medium and −0.75 for a small subject of which the prompt does not tell the size, −1 if the
   picture is shifted so that its subject may be cut off;
 
-and the first of two pictures is chosen with probability σ((worth₁ − worth₂) / 0.5). The model learns to predict the
-choice from its scaled difference of cosines. Half of the pictures have been through the autoencoder and back.
+and the first of two pictures is chosen with probability σ((worth₁ − worth₂) / 0.5). The model learns to predict that
+probability from its scaled difference of cosines, and to tell an aligned picture's prompt from the others of the batch,
+so that it does not forget them. Half of the pictures have been through the autoencoder and back.
 """
 
 from __future__ import annotations
@@ -130,11 +131,11 @@ def disturbance(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def scores(model: CLIPModel, ids: Tensor, images: Tensor) -> Tensor:
-    """Cosines (B, 2) of prompts (B, L) and their two pictures (2·B, 3, 64, 64), a prompt's pictures in a row."""
+    """Cosines (B, 2, B) of the two pictures of each prompt (2·B, 3, 64, 64), in a row, with all prompts (B, L)."""
     said = F.normalize(model.text_projection(model.text_model(input_ids=ids).pooler_output).float(), dim=-1)
     pooled = model.vision_model(pixel_values=images).pooler_output
     seen = F.normalize(model.visual_projection(pooled).float(), dim=-1)
-    return torch.einsum("bd,bkd->bk", said, seen.view(len(said), 2, -1))
+    return (seen @ said.T).view(len(said), 2, -1)
 
 
 @torch.no_grad()
@@ -147,7 +148,7 @@ def agreement(model: CLIPModel, vae: AutoencoderTiny, count: int = 2000) -> dict
         part = shown[start : start + 100]
         images = finished([one for pair in part for one in pair], vae, generator)
         ids = tokenizer()(texts[start : start + 100], padding="longest", return_tensors="pt").input_ids
-        for (a, b), cosines in zip(part, scores(model, ids, images), strict=True):
+        for (a, b), cosines in zip(part, scores(model, ids, images).diagonal(dim1=0, dim2=2).T, strict=True):
             if a.worth == b.worth:
                 continue
             agrees = bool((cosines[0] > cosines[1]) == (a.worth > b.worth))
@@ -179,11 +180,14 @@ def main() -> None:
         texts, shown = pairs(BATCH, rng)
         images = finished([one for pair in shown for one in pair], vae, generator)
         gap = torch.tensor([a.worth - b.worth for a, b in shown]) / TEMPERATURE
-        chosen = torch.bernoulli(gap.sigmoid(), generator=generator)
         ids = words(texts, padding="longest", return_tensors="pt").input_ids
         with torch.autocast("cpu", torch.bfloat16):
-            cosines = scores(model, ids, images)
-        loss = F.binary_cross_entropy_with_logits(model.logit_scale.exp() * (cosines[:, 0] - cosines[:, 1]), chosen)
+            logits = model.logit_scale.exp() * scores(model, ids, images)
+        own = logits.diagonal(dim1=0, dim2=2)
+        loss = F.binary_cross_entropy_with_logits(own[0] - own[1], gap.sigmoid())
+        aligned = torch.tensor([not one.alignment for pair in shown for one in pair])
+        prompts = torch.arange(BATCH).repeat_interleave(2)
+        loss = loss + F.cross_entropy(logits.flatten(0, 1)[aligned], prompts[aligned]) / 2
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -40,6 +40,7 @@ REWARDS = Registry(
         "preference": RewardEntry(
             "ipgo_opt.rewards.clip:load_preference",
             "which picture of a prompt is preferred: alignment, sharpness, composition (in HPS's shape)",
+            real="hps:v2.0",
         ),
         "hps": RewardEntry("", "human preference score, about 0.2 to 0.35", real="hps:v2.0"),
         "pickscore": RewardEntry("", "preference score of Pick-a-Pic, about 17 to 24", real="pickscore:v1"),
