@@ -272,9 +272,9 @@ def test_wrong_members_are_refused(spec, shown):
         prepare(spec, embedded=False)
 
 
-def test_a_reward_of_the_embedded_world_is_refused_elsewhere(tiny_folder):
-    with pytest.raises(BadInput, match="'preference' knows the embedded model's world only"):
-        configure("a fox", model=str(tiny_folder), reward="preference")
+def test_the_embedded_judge_is_refused_elsewhere(tiny_folder):
+    with pytest.raises(BadInput, match="'judge' knows the embedded model's world only"):
+        configure("a fox", model=str(tiny_folder), reward="jpeg-compressibility", strategy="random", judge="judge")
 
 
 def test_imscore_is_optional():
