@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+sys.path.append(str(Path(__file__).parent.parent))  # behind the installed package
 from benchmarks import full_size
 from ipgo_opt.models import memory
 from ipgo_opt.models.sampler import Sampler, SamplerSettings
