@@ -9,7 +9,7 @@ prior's mode, so that points depend on nothing but the seed and what was asked a
 How points are proposed, the whole rule:
 
 1. The start point and scrambled Sobol points, until `design_size` values are known: a fifth of the budget, at most 2 D
-   points, at least 2 and at least one batch.
+   points, at least 2 and at least one batch. In the trust-region mode they lie in the first region around the start.
 2. Then, with at most 20 coordinates (`GLOBAL_DIMENSIONS`), the batch that maximizes qLogExpectedImprovement (Ament et
    al. 2023, arXiv 2310.20708) jointly over the whole box; for noisy values, qLogNoisyExpectedImprovement.
 3. With more coordinates, TuRBO (Eriksson et al. 2019, arXiv 1910.01739): Thompson samples inside a box around the best
@@ -168,8 +168,10 @@ class Bayes:
         return x
 
     def _design(self) -> Tensor:
-        """The next Sobol points (q, D) of the whole box."""
+        """The next Sobol points (q, D); the first region's lie around the start."""
         box = torch.stack([torch.zeros_like(self.start), torch.ones_like(self.start)])
+        if self.local and self.region.first == 0:
+            box = self.region.box(self.start, torch.ones_like(self.start))
         return draw_sobol_samples(box, self.asked + self.problem.batch, 1, seed=self.seed)[self.asked :, 0]
 
     def _model(self, x: Tensor, value: Tensor) -> SingleTaskGP:
