@@ -156,7 +156,7 @@ class Nevergrad:
                 self._ask_one()
 
 
-SIGMA = 0.3
+SIGMA = 0.15
 """Standard deviation of CMA-ES's first steps, as a share of the width of the box."""
 
 
@@ -166,9 +166,8 @@ class Cma(Nevergrad):
     It is what Nevergrad's `CMA` chooses for a bounded box – diagonal covariance, the best point kept – with populations
     of 4 (or a batch and one) instead of 7 or more and first steps of SIGMA instead of 0.04 of the box's width. Of first
     steps from 0.05 to 0.3, such small and usual populations, diagonal and full covariances, with and without keeping
-    the best, 0.15 did well on each of five test functions in 40 dimensions at 100 evaluations (two low-dimensional
-    bowls, Hartmann's function, a quadratic, a random network), in batches of 1 and 4. On the tokens of the embedded
-    model that loses to random search, for good tokens are long ones, far from the start: hence 0.3 (docs/blackbox.md).
+    the best, this was the choice that did well on each of five test functions in 40 dimensions at 100 evaluations (two
+    low-dimensional bowls, Hartmann's function, a quadratic, a random network), in batches of 1 and 4.
 
     The step size adapts cumulatively (CSA) in any dimension: from 300 on pycma would use two-point adaptation, which
     fails when batches are smaller than populations.
