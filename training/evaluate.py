@@ -55,7 +55,7 @@ SHOWN = 8
 def sampler(steps: int, guidance: float, scheduler: str) -> Sampler:
     """The embedded model with another scheduler of diffusers, or its own ("")."""
     return load(
-        resolve("emoji"), lambda size: SamplerSettings(steps, guidance, *size), device="cpu", dtype="float32",
+        resolve("emoji"), lambda: SamplerSettings(steps, guidance, 0, 0), device="cpu", dtype="float32",
         scheduler=scheduler, chunk=25,
     )  # fmt: skip
 
