@@ -141,13 +141,13 @@ def scores(model: CLIPModel, ids: Tensor, images: Tensor) -> Tensor:
 @torch.no_grad()
 def agreement(model: CLIPModel, vae: AutoencoderTiny, count: int = 2000) -> dict[str, float]:
     """Share of fresh pairs in which the model prefers the worthier picture: all, and those with one difference."""
-    rng, generator = np.random.default_rng(71), torch.Generator().manual_seed(71)
+    rng, generator, words = np.random.default_rng(71), torch.Generator().manual_seed(71), tokenizer()
     texts, shown = pairs(count, rng)
     right: dict[str, list[bool]] = {"all": [], "alignment": [], "sharpness": [], "composition": []}
     for start in range(0, count, 100):
         part = shown[start : start + 100]
         images = finished([one for pair in part for one in pair], vae, generator)
-        ids = tokenizer()(texts[start : start + 100], padding="longest", return_tensors="pt").input_ids
+        ids = words(texts[start : start + 100], padding="longest", return_tensors="pt").input_ids
         for (a, b), cosines in zip(part, scores(model, ids, images).diagonal(dim1=0, dim2=2).T, strict=True):
             if a.worth == b.worth:
                 continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ MOST_TEXTS = 256
 """Prompts that the text tower reads at once."""
 
 
-class Encoder:
+class Encoder(ABC):
     """Image and text embeddings of a CLIP, with a differentiable image side.
 
     Args:
@@ -40,13 +41,13 @@ class Encoder:
         self._texts: dict[str, Tensor] = {}
         self._last: tuple[weakref.ref[Tensor], tuple[int, bool], Tensor] | None = None
 
+    @abstractmethod
     def embed_pixels(self, pixels: Tensor) -> Tensor:
         """Embeddings (B, D) of normalized images (B, 3, size, size)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def embed_texts(self, prompts: list[str]) -> Tensor:
         """Embeddings (n, D) of prompts, cut to the encoder's length."""
-        raise NotImplementedError
 
     def margin(self, surplus: int) -> int:
         """How many of `surplus` rows or columns are cut before the middle; libraries round the half differently."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ipgo_opt.registry import unknown
-from ipgo_opt.rewards.clip import ClipEncoder
+from ipgo_opt.rewards.clip import ClipEncoder, ClipReward
 from ipgo_opt.rewards.weights import Loader, Weights
 
 MODEL = Weights("pickscore", "yuvalkirstain/PickScore_v1", ("model.safetensors",), "3.9 GB")
@@ -20,17 +20,16 @@ PROCESSOR = [
 """Its authors take tokenizer and image processor from the model that they fine-tuned."""
 
 
-class PickScore:
+class PickScore(ClipReward):
     """exp(logit_scale) times the cosine (B,): about 17 to 24, larger is better."""
 
-    differentiable = True
-
     def __init__(self, clip: ClipEncoder) -> None:
-        self.clip, self.scale = clip, float(clip.model.logit_scale.exp())
+        super().__init__(clip)
+        self.scale = float(clip.model.logit_scale.exp())
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores (B,) of images (B, 3, H, W) in [0, 1]."""
-        return self.scale * (self.clip.images(images) * self.clip.texts(prompts)).sum(-1)
+        return self.scale * super().__call__(images, prompts)
 
 
 def real(member: str) -> Loader:
