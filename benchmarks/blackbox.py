@@ -1,4 +1,4 @@
-"""Black boxes on 10 prompts × 2 rewards at 100 images: solvers, bases of the tokens, shares of the budget for seeds.
+"""Black boxes at 100 images: solvers on 10 prompts; bases of the tokens and shares for seeds on 8 others.
 
     python -m benchmarks.blackbox solvers
     python -m benchmarks.blackbox bases
@@ -21,6 +21,12 @@ PROMPTS = (
     "a church at sunset", "a panda on a beach", "a wizard and a castle at night", "a cat left of a pizza",
     "a rocket above a tree", "two foxes in a meadow",
 )  # fmt: skip
+"""What solvers are judged on."""
+TUNING = (
+    "a robot in a meadow", "a bathtub at night", "a bus at sunset", "a mushroom on a red background",
+    "a castle in the snow", "a penguin on a beach", "a clown and a car in the snow", "a tree right of a house",
+)  # fmt: skip
+"""What bases and shares are chosen on: none of the prompts that solvers are judged on."""
 REWARDS = ("aesthetic", "jpeg-incompressibility")
 SOLVERS = ("bayes", "cma", "random", "seeds")
 LEARNED = "learned"
@@ -46,10 +52,10 @@ def variants(part: str, reward: str) -> Iterator[tuple[str, tuple[str, ...], dic
         yield "", (*SOLVERS, "gradient") if reward == "aesthetic" else SOLVERS, {}
     elif part == "bases":
         for label, settings in BASES.items():
-            yield label, ("cma",), settings
+            yield label, ("bayes",), settings
     else:
         for share in SHARES:
-            yield f"seed share {share}", ("cma",), {"seed_share": share}
+            yield f"seed share {share}", ("bayes",), {"seed_share": share}
 
 
 def one(folder: Path, prompt: str, solvers: tuple[str, ...], settings: dict[str, Any]) -> dict[str, Any]:
@@ -89,17 +95,18 @@ def main() -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--runs", type=Path, default=Path("runs/blackbox"))
     parser.add_argument("--out", type=Path, default=Path("docs"))
-    parser.add_argument("--prompts", type=int, default=len(PROMPTS))
+    parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="at most: of the first of them")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
     from ipgo_opt.comparison import paired
     from ipgo_opt.display import difference
 
+    prompts = (PROMPTS if args.part == "solvers" else TUNING)[: args.prompts]
     cells = [
         (reward, label, args.runs / args.part / reward / f"{label or 'all'}-{k}", prompt, solvers, settings)
         for reward in REWARDS
         for label, solvers, settings in variants(args.part, reward)
-        for k, prompt in enumerate(PROMPTS[: args.prompts])
+        for k, prompt in enumerate(prompts)
     ]
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
         done = [
@@ -109,8 +116,8 @@ def main() -> None:
         made = [future.result() for future in done]
     reference = REFERENCES[args.part]
     lines = [
-        f"<!-- python -m benchmarks.blackbox {args.part} --prompts {args.prompts} -->",
-        f"{args.prompts} prompts, 100 images each; means over prompts, differences to `{reference}` paired by prompt, "
+        f"<!-- python -m benchmarks.blackbox {args.part} --prompts {len(prompts)} -->",
+        f"{len(prompts)} prompts, 100 images each; means over prompts, differences to `{reference}` paired by prompt, "
         "with 95 % bootstrap intervals over the prompts. Held out: 8 fresh seeds.",
     ]
     for reward in REWARDS:
