@@ -116,6 +116,9 @@ def _with_settings(*left_out: str) -> Callable[[Callable[..., None]], Callable[.
 def run(
     prompt: Annotated[str, typer.Argument(help="What the image should show.")],
     strategy: Annotated[str | None, STRATEGY] = None,
+    method: Annotated[
+        str | None, typer.Option(help="A published method, which sets space, strategy and more: see `list methods`.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Run directory. [default: runs/PROMPT-N]", show_default=False)
     ] = None,
@@ -124,12 +127,14 @@ def run(
 ) -> None:
     """Searches for a better image of PROMPT."""
     from ipgo_opt.config import configure
+    from ipgo_opt.methods import method_settings
 
-    settings["strategy"] = strategy
-    configure(prompt, **settings)  # complain before a directory is chosen, and before torch is imported
+    given = {name: value for name, value in (settings | {"strategy": strategy}).items() if value is not None}
+    if method is not None:
+        given = method_settings(method) | given
+    configure(prompt, **given)  # complain before a directory is chosen, and before torch is imported
     from ipgo_opt.run import optimize
 
-    given = {name: value for name, value in settings.items() if value is not None}
     _show(lambda reporter: optimize(prompt, out=out or _fresh_folder(prompt), reporter=reporter, **given), as_json)
 
 
@@ -138,7 +143,7 @@ def run(
 def compare(
     prompts: Annotated[list[str], typer.Argument(help="What the images should show.", metavar="PROMPT...")],
     strategies: Annotated[
-        str, typer.Option(help="Solvers, separated by commas: strategies, or seeds (best-of-n).")
+        str, typer.Option(help="Solvers, separated by commas: strategies, methods or SPACE*STRATEGY.")
     ] = "gradient,bayes,cma,random,seeds",
     repeats: Annotated[int, typer.Option(help="Runs per prompt and solver, on different seeds.")] = 1,
     reference: Annotated[
@@ -211,9 +216,10 @@ def _show(work: Any, as_json: bool) -> None:
 
 @app.command(name="list")
 def list_names(
-    kind: Annotated[str, typer.Argument(help="models, rewards, strategies or spaces; all without.")] = "",
+    kind: Annotated[str, typer.Argument(help="models, rewards, strategies, spaces or methods; all without.")] = "",
 ) -> None:
     """Lists what can be named."""
+    from ipgo_opt.methods import METHODS
     from ipgo_opt.models import MODELS
     from ipgo_opt.registry import unknown
     from ipgo_opt.rewards import JUDGES, REWARDS
@@ -226,6 +232,7 @@ def list_names(
         "judges": {name: entry.summary for name, entry in JUDGES.items()},
         "strategies": {name: entry.summary for name, entry in STRATEGIES.items()},
         "spaces": {name: entry.summary for name, entry in SPACES.items()},
+        "methods": {name: method.summary for name, method in METHODS.items()},
     }
     if kind and kind not in groups:
         raise unknown("what to list", kind, list(groups))

@@ -27,6 +27,7 @@ import numpy as np
 
 from ipgo_opt.config import RunConfig, configure
 from ipgo_opt.errors import BadInput
+from ipgo_opt.methods import METHODS
 from ipgo_opt.run import Result, Silence, optimize, resume
 from ipgo_opt.spaces import SPACES
 from ipgo_opt.store import Store, read_run, slug, write_whole
@@ -66,7 +67,9 @@ class Watcher(Protocol):
 
 
 def solver_settings(name: str) -> dict[str, Any]:
-    """Settings of a solver as `compare` names it: a strategy, a space for random search, or SPACE*STRATEGY."""
+    """Settings of a solver as `compare` names it: a method, a strategy, a space for random search, SPACE*STRATEGY."""
+    if name in METHODS:
+        return METHODS[name].settings
     space, star, strategy = name.partition("*")
     if star:
         SPACES.check(space)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from ipgo_opt import __version__
 from ipgo_opt.config import FIRST_HELD_OUT_SEED, RunConfig, check, check_device, configure
@@ -29,8 +28,7 @@ from ipgo_opt.rewards import JUDGES
 from ipgo_opt.rewards.base import Reward, RewardFailed, Term, WeightedSum, prepare, shown
 from ipgo_opt.rewards.custom import from_object
 from ipgo_opt.spaces import SPACES
-from ipgo_opt.spaces.directions import learned, principal
-from ipgo_opt.store import FORMAT, Store, check_out, read_best, read_run, to_pil
+from ipgo_opt.store import FORMAT, Store, check_out, read_run, to_pil
 from ipgo_opt.strategies import STRATEGIES
 from ipgo_opt.strategies.base import Problem, Strategy
 
@@ -260,7 +258,7 @@ def _prepare(config: RunConfig, custom: Reward | None, loaded: dict[Any, Any]) -
     judge = None if config.judge == "none" else once(_judge, config.judge, device, config.model in EMBEDDED)
     pipeline = once(load_pipeline, config.model_source(), device, dtype, config.memory_levers())
     sampler = make_sampler(pipeline, config.sampler_settings, scheduler=config.scheduler, chunk=config.chunk)
-    space = SPACES.load(config.space)(sampler.width, config.token_shape(), config.seed, _directions(config, sampler))
+    space = SPACES.load(config.space).made(config, sampler)
     return _Parts(strategy_class, reward, judge, sampler, space)
 
 
@@ -270,19 +268,6 @@ def _reward(spec: str, device: str, embedded: bool) -> WeightedSum:
 
 def _judge(name: str, device: str, embedded: bool) -> Reward:
     return JUDGES.load(name)(device) if name in JUDGES else _reward(name, device, embedded)
-
-
-def _directions(config: RunConfig, sampler: Sampler) -> dict[str, Tensor] | None:
-    """What the bases of the tokens span at the start; None for a random subspace."""
-    if config.basis == "random":
-        return None
-    if config.basis == "states":
-        found = principal(sampler.word_states(), sampler.width)
-        return {"prefix": found, "suffix": found}
-    tensors, _ = read_best(Path(config.basis))
-    sides = [side for side in ("prefix", "suffix") if side in tensors]
-    made = {side: learned(tensors[side], tensors[f"basis.{side}"]) for side in sides}
-    return {side: made.get(side, made[sides[0]]) for side in ("prefix", "suffix")}
 
 
 def _execute(

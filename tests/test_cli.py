@@ -21,6 +21,7 @@ import ipgo_opt
 from ipgo_opt import cli
 from ipgo_opt.config import RunConfig
 from ipgo_opt.errors import RunFailed
+from ipgo_opt.methods import METHODS
 from ipgo_opt.models import EMBEDDED, MODELS
 from ipgo_opt.rewards import JUDGES, REWARDS
 from ipgo_opt.spaces import SPACES
@@ -125,6 +126,7 @@ def test_list_names_everything(command):
     """All of it, or one kind; a name in front, a summary behind."""
     expected: dict[str, Any] = {
         "models": MODELS, "rewards": REWARDS, "judges": JUDGES, "strategies": STRATEGIES, "spaces": SPACES,
+        "methods": METHODS,
     }  # fmt: skip
     code, out, err = command("list")
     assert (code, err) == (0, "")
@@ -313,3 +315,16 @@ def test_doctor_says_what_it_found(command):
     assert (same_code, err) == (code, "")
     for shown in (*found["versions"], *found["devices"], *found["problems"]):
         assert shown in text
+
+
+def test_a_method_sets_space_and_strategy_and_yields_to_options(command):
+    _, out, _ = command("run", "a", "--method", "best-of-n", "--budget", "3", "--held-out", "0", "--json")
+    assert json.loads(out)["space"] == "seeds"
+    code, _, err = command("run", "a", "--method", "best-of-n", "--strategy", "cma")
+    assert (code, "space of seeds" in err) == (2, True)
+    code, out, err = command("run", "a", "--method", "ipgoo")
+    assert (code, out, err) == (
+        2,
+        "",
+        "ipgo-opt: method must be one of ipgo, best-of-n, but got 'ipgoo'. Did you mean 'ipgo'?\n",
+    )

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 from ipgo_opt.conditioning import Conditioning
+
+if TYPE_CHECKING:
+    from ipgo_opt.config import RunConfig
+    from ipgo_opt.models.sampler import Sampler
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,11 @@ class Space(Protocol):
     `full` chooses between two views of the same space: every parameter (for a gradient), or the bounded
     low-dimensional coordinates (for a black-box solver).
     """
+
+    @classmethod
+    def made(cls, config: RunConfig, sampler: Sampler) -> Space:
+        """The space that a configuration describes, for a sampler's model: it reads its own settings and shapes."""
+        ...
 
     def coordinates(self, *, full: bool) -> Coordinates:
         """Start and bounds of the flat vector."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,15 +10,18 @@ from torch import Tensor
 from ipgo_opt.conditioning import Conditioning
 from ipgo_opt.spaces.base import Coordinates
 
+if TYPE_CHECKING:
+    from ipgo_opt.config import RunConfig
+    from ipgo_opt.models.sampler import Sampler
+
 
 class SeedSpace:
-    """A space without coordinates: what is chosen is the seed, and the loop does that for every space.
+    """A space without coordinates: what is chosen is the seed, and the loop does that for every space."""
 
-    Takes what every space is made of and needs none of it.
-    """
-
-    def __init__(self, *_: Any) -> None:
-        pass
+    @classmethod
+    def made(cls, config: RunConfig, sampler: Sampler) -> SeedSpace:
+        """The space, whatever the configuration and the model."""
+        return cls()
 
     def coordinates(self, *, full: bool) -> Coordinates:
         """No coordinates, (0,)."""

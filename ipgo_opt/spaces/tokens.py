@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,11 @@ from torch.nn.utils.parametrizations import orthogonal
 from ipgo_opt.conditioning import Conditioning
 from ipgo_opt.errors import BadInput
 from ipgo_opt.spaces.base import Coordinates
+from ipgo_opt.spaces.directions import starting
+
+if TYPE_CHECKING:
+    from ipgo_opt.config import RunConfig
+    from ipgo_opt.models.sampler import Sampler
 
 LAYOUTS = ("shared", "per_token")
 
@@ -176,6 +181,11 @@ class TokenSpace:
                         f"{given.shape[1]} of width {given.shape[0]}."
                     )
                 self.sides[name] = _Side(M, width, shape, generator, given)
+
+    @classmethod
+    def made(cls, config: RunConfig, sampler: Sampler) -> TokenSpace:
+        """The space that a configuration describes, for the encoder of a sampler's model."""
+        return cls(sampler.width, config.token_shape(), config.seed, starting(config.basis, sampler))
 
     def coordinates(self, *, full: bool) -> Coordinates:
         """Start and bounds of the full or the low-dimensional vector."""

@@ -1,0 +1,30 @@
+"""Published methods by name: each is a space, a strategy and the settings of its paper, in one line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ipgo_opt.registry import unknown
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method: what it is, in one line, and the settings (fields of RunConfig) that make it."""
+
+    summary: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+METHODS = {
+    "ipgo": Method("IPGO (arXiv 2503.21812): tokens × gradient", {"space": "tokens", "strategy": "gradient"}),
+    "best-of-n": Method("the best of n seeds: seeds × random", {"space": "seeds", "strategy": "random"}),
+}
+"""What `--method`, `compare --strategies` and the benchmarks may name."""
+
+
+def method_settings(name: str) -> dict[str, Any]:
+    """The settings of the method `name`; BadInput if there is none."""
+    if name not in METHODS:
+        raise unknown("method", name, list(METHODS))
+    return dict(METHODS[name].settings)
