@@ -76,6 +76,8 @@ SETTINGS: dict[str, tuple[Any, Any]] = {
     "layout": (str, _option("shared or per_token.", "--layout")),
     "scale": (float, _option("Factor on the tokens.", "--scale")),
     "spread": (float, _option("Z starts within this bound.", "--spread")),
+    "rotation": (bool, _option("Rotate the tokens.", "--rotation/--no-rotation", setting="rotation")),
+    "constraints": (str, _option("Of value, conformity and orthonormality, or none.", "--constraints")),
     "learning_rate": (float, _option("Adam's step size.", "--learning-rate", "--lr", setting="learning_rate")),
     "decay": (float, _option("Factor on the learning rate.", "--decay")),
     "decay_every": (int, _option("Updates between two decays.", "--decay-every")),
@@ -160,14 +162,14 @@ def compare(
 ) -> None:
     """Compares solvers on the same prompts, noise and number of images. Stopped, the same line continues it."""
     from ipgo_opt.comparison import compare as compare_solvers
-    from ipgo_opt.comparison import plan
+    from ipgo_opt.comparison import named, plan
     from ipgo_opt.display import Comparison
     from ipgo_opt.store import slug
 
     given = {"budget": 100} | {name: value for name, value in settings.items() if value is not None}
     names = [name.strip() for name in strategies.split(",")]
     folder = out or Path("runs") / f"compare-{slug(prompts[0])}"
-    plan(prompts, names, folder, repeats=repeats, **given)
+    plan(prompts, named(names), folder, repeats=repeats, **given)
     watcher = Comparison()
     try:
         made = compare_solvers(
@@ -179,6 +181,125 @@ def compare(
         print(json.dumps(made, ensure_ascii=False))
     else:
         watcher.show(made, folder)
+
+
+bench = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Runs a benchmark suite; stopped, the same line continues it."
+)
+app.add_typer(bench, name="bench")
+
+Prompts = Annotated[list[str] | None, typer.Option(
+    "--prompts", help="FILE or NAME=FILE, or a set of `list prompts`; may be repeated. [default: the five categories]", show_default=False
+)]  # fmt: skip
+Limit = Annotated[int, typer.Option(help="Prompts of each file, from its beginning; 0 for all.")]
+Jobs = Annotated[int, typer.Option(help="Runs at the same time, each in a process of its own.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and stop.")]
+Suite = Annotated[Path | None, typer.Option("--out", help="Directory. [default: runs/bench-SUITE]", show_default=False)]
+
+
+@bench.command()
+@_with_settings("space", "reward", "seed_share")
+def table1(
+    prompts: Prompts = None,
+    rewards: Annotated[str, typer.Option(help="Rewards, separated by commas.")] = "clip,aesthetic",
+    methods: Annotated[
+        str, typer.Option(help="Methods, strategies or SPACE*STRATEGY, separated by commas.")
+    ] = "ipgo,best-of-n",
+    seed_shares: Annotated[
+        str, typer.Option(help="Shares of the budget for choosing the seed, separated by commas.")
+    ] = "0",
+    repeats: Annotated[int, typer.Option(help="Runs per cell and prompt, on different seeds.")] = 1,
+    limit: Limit = 0,
+    jobs: Jobs = 1,
+    dry_run: DryRun = False,
+    out: Suite = None,
+    **settings: Any,
+) -> None:
+    """The paper's table 1: every method on groups of prompts for several rewards."""
+    from ipgo_opt.bench.suites import groups, numbers, table1
+    from ipgo_opt.bench.tables import table1_grids
+
+    given = {"budget": 100} | {name: value for name, value in settings.items() if value is not None}
+    folder = out or Path("runs/bench-table1")
+    parts = table1(
+        groups(prompts, limit), _names(rewards), _names(methods), folder,
+        seed_shares=numbers(seed_shares), repeats=repeats, **given,
+    )  # fmt: skip
+    _bench("table1", "Table 1", folder, parts, lambda entries: table1_grids(parts, entries), jobs, dry_run)
+
+
+@bench.command()
+@_with_settings("space", "strategy")
+def ablate(
+    what: Annotated[str, typer.Argument(help="basis, lengths, rotation, constraints, truncation or seeds.")],
+    prompts: Prompts = None,
+    repeats: Annotated[int, typer.Option(help="Runs per variant and prompt, on different seeds.")] = 1,
+    limit: Limit = 0,
+    jobs: Jobs = 1,
+    dry_run: DryRun = False,
+    out: Suite = None,
+    **settings: Any,
+) -> None:
+    """One of the paper's ablations of IPGO."""
+    from ipgo_opt.bench.suites import ABLATIONS, ablation, groups
+    from ipgo_opt.bench.tables import ablation_grid
+
+    given: dict[str, Any] = {"budget": 100, "reward": "clip"}
+    given |= {name: value for name, value in settings.items() if value is not None}
+    folder = out or Path(f"runs/bench-{what}")
+    every = [prompt for group in groups(prompts, limit).values() for prompt in group]
+    part = ablation(what, list(dict.fromkeys(every)), folder=folder, repeats=repeats, **given)
+    reference = ABLATIONS[what][0]
+    _bench(
+        what,
+        f"Ablation: {what}",
+        folder,
+        [part],
+        lambda entries: [ablation_grid(part, entries, reference)],
+        jobs,
+        dry_run,
+    )
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _bench(
+    stem: str, title: str, folder: Path, parts: Any, grids: Callable[[Any], Any], jobs: int, dry_run: bool
+) -> None:
+    """Says what a suite costs, runs it and writes its tables."""
+    from ipgo_opt.bench.runner import examine, run_all
+    from ipgo_opt.bench.tables import markdown, write
+    from ipgo_opt.display import Comparison
+    from ipgo_opt.store import Store
+
+    print(examine(parts, timed=dry_run).text(jobs), file=sys.stderr)
+    if dry_run:
+        return
+    store, watcher = Store(folder), Comparison()
+    try:
+        entries, failures = run_all(parts, jobs=jobs, watcher=watcher)
+        about = f"`{_command_line()}`"
+        made = grids(entries)
+        files = write(folder, stem, title, about, made, parts, entries)
+    finally:
+        watcher.stop()
+        store.close()
+    print(markdown(made))
+    print(f"{folder}/{', '.join(files)}", file=sys.stderr)
+    if failures:
+        from ipgo_opt.errors import RunFailed
+
+        first, message = next(iter(failures.items()))
+        raise RunFailed(f"{len(failures)} runs failed, the first of them {first}: {message}")
+
+
+def _command_line() -> str:
+    """The command as it was typed."""
+    import shlex
+
+    return f"ipgo-opt {shlex.join(sys.argv[1:])}"
 
 
 @app.command()

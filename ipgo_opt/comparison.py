@@ -18,7 +18,7 @@ import math
 import re
 import resource
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,7 +69,7 @@ class Watcher(Protocol):
 def solver_settings(name: str) -> dict[str, Any]:
     """Settings of a solver as `compare` names it: a method, a strategy, a space for random search, SPACE*STRATEGY."""
     if name in METHODS:
-        return METHODS[name].settings
+        return dict(METHODS[name].settings)
     space, star, strategy = name.partition("*")
     if star:
         SPACES.check(space)
@@ -81,27 +81,48 @@ def solver_settings(name: str) -> dict[str, Any]:
     return {"strategy": name}
 
 
+def named(solvers: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The settings of solvers by their names, each of which may be given once."""
+    if len(set(solvers)) < len(solvers):
+        raise BadInput(f"each strategy may be given once, but got {', '.join(solvers)}.")
+    return {name: solver_settings(name) for name in solvers}
+
+
 def plan(
-    prompts: Sequence[str], strategies: Sequence[str], out: Path, *, repeats: int = 1, seed: int = 0, **settings: Any
+    prompts: Sequence[str],
+    solvers: Mapping[str, dict[str, Any]],
+    out: Path,
+    *,
+    repeats: int = 1,
+    seed: int = 0,
+    **settings: Any,
 ) -> list[Cell]:
     """The runs of a comparison, all settings checked; BadInput before anything is loaded or written.
 
+    Args:
+        prompts: what the images should show.
+        solvers: by label, the settings that make each solver; they come before `settings`.
+        out: where everything is kept.
+        repeats: runs per prompt and solver.
+        seed: first seed of the first repeat.
+        settings: any other field of RunConfig, for all runs.
+
     All solvers search on one seed unless `search_seeds` is given: best rewards over different numbers of seeds could
     not be compared.
+
     """
-    if not prompts or not strategies:
+    if not prompts or not solvers:
         raise BadInput("a comparison needs at least one prompt and one strategy.")
-    for kind, names in (("prompt", prompts), ("strategy", strategies)):
-        if len(set(names)) < len(names):
-            raise BadInput(f"each {kind} may be given once, but got {', '.join(names)}.")
+    if len(set(prompts)) < len(prompts):
+        raise BadInput(f"each prompt may be given once, but got {', '.join(prompts)}.")
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
         raise BadInput(f"`repeats >= 1` must hold for a whole number, but got repeats={repeats!r}.")
     cells = []
     for prompt in prompts:
         name = f"{slug(prompt)}-{zlib.crc32(prompt.encode()):08x}"
         for repeat in range(repeats):
-            for solver in strategies:
-                own = {"search_seeds": 1} | settings | solver_settings(solver) | {"seed": seed + REPEAT_SEEDS * repeat}
+            for solver, made_of in solvers.items():
+                own = {"search_seeds": 1} | settings | made_of | {"seed": seed + REPEAT_SEEDS * repeat}
                 if own.get("strategy") == "gradient":
                     own["batch_size"] = 1  # the black boxes' setting
                 config = configure(prompt, **own)
@@ -154,7 +175,7 @@ def compare(
         reference = "random" if "random" in strategies else strategies[0] if strategies else ""
     elif reference not in strategies:
         raise BadInput(f"reference must be one of the strategies {', '.join(strategies)}, but got {reference!r}.")
-    cells = plan(prompts, strategies, folder, repeats=repeats, seed=seed, budget=budget, **settings)
+    cells = plan(prompts, named(strategies), folder, repeats=repeats, seed=seed, budget=budget, **settings)
     store = Store(folder)
     try:
         loaded: dict[Any, Any] = {}

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 FIRST_HELD_OUT_SEED = 10_000_000
 """Seeds from here on are kept for the verdict; searches use smaller ones."""
 
+CONSTRAINTS = ("value", "conformity", "orthonormality")
+"""The constraints of the paper on the tokens (section 4.2)."""
+
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -63,6 +66,9 @@ class RunConfig:
         layout: "shared" (equations 6, 7) or "per_token" (the released code's count of parameters).
         scale: factor on the inserted tokens.
         spread: Z starts uniform in [−spread, spread].
+        rotation: whether the tokens are rotated by R1 and R2.
+        constraints: which of the paper's constraints hold, of "value", "conformity" and "orthonormality", separated by
+            commas, or "none".
         learning_rate, decay, decay_every, max_grad_norm: Adam's schedule and clipping.
         batch_size: candidates per step of a black-box strategy.
         chunk: most images per pipeline call.
@@ -104,6 +110,8 @@ class RunConfig:
     layout: str = "shared"
     scale: float = 1.0
     spread: float = 1.0
+    rotation: bool = True
+    constraints: str = ",".join(CONSTRAINTS)
     learning_rate: float = 1e-3
     decay: float = 0.9
     decay_every: int = 10
@@ -140,7 +148,20 @@ class RunConfig:
         """The shape of the token space."""
         from ipgo_opt.spaces.tokens import TokenShape
 
-        return TokenShape(self.prefix, self.suffix, self.basis_size, self.layout, self.scale, self.spread)
+        kept = self.kept_constraints()
+        return TokenShape(
+            self.prefix, self.suffix, self.basis_size, self.layout, self.scale, self.spread, self.rotation,
+            orthonormal="orthonormality" in kept, bounded="value" in kept,
+        )  # fmt: skip
+
+    def kept_constraints(self) -> set[str]:
+        """The constraints that hold; BadInput for one that does not exist."""
+        named = set() if self.constraints == "none" else {name.strip() for name in self.constraints.split(",")}
+        if not named <= set(CONSTRAINTS):
+            raise BadInput(
+                f"constraints must be none or some of {', '.join(CONSTRAINTS)}, but got {self.constraints!r}."
+            )
+        return named
 
     def gradient_options(self) -> GradientOptions:
         """The settings of the gradient strategy."""
@@ -316,6 +337,8 @@ def check(config: RunConfig) -> ModelSource:
         raise BadInput(f"strategy 'gradient' needs a differentiable reward, but {shown(config.reward)} is not.")
     judge = check_judge(config.judge, config.reward, embedded)
     config.token_shape().check()
+    if config.strategy != "gradient" and "value" not in config.kept_constraints():
+        raise BadInput(f"a black box needs the value constraint, but got constraints={config.constraints!r}.")
     check_basis(config)
     config.gradient_options()
     check_device(config.device, config.dtype)

@@ -51,6 +51,7 @@ class Objective:
     ) -> None:
         self.config, self.sampler, self.reward, self.judge = config, sampler, reward, judge
         self.space, self.full = space, full
+        self.gamma = config.gamma if "conformity" in config.kept_constraints() else 0.0
         self.conditioning = sampler.encode(config.prompt)
 
     def applied(self, x: Tensor | None) -> tuple[Conditioning, Tensor]:
@@ -70,7 +71,7 @@ class Objective:
             prompts = [self.config.prompt] * len(images)
             parts = self.reward.parts(images, prompts)
             scores = self.reward.total(parts).view(q, len(seeds))
-            value = scores.mean(1) - self.config.gamma * penalty.to(scores)
+            value = scores.mean(1) - self.gamma * penalty.to(scores)
         slope = None
         if gradient and leaf is not None:
             (slope,) = torch.autograd.grad(value.sum(), leaf)

@@ -185,6 +185,8 @@ BAD = [
     ([*FOX, "--guidance-scale", "inf"], "guidance_scale=inf"),
     ([*FOX, "--prefix", "0", "--suffix", "0"], "prefix=0, suffix=0"),
     ([*FOX, "--layout", "free"], "'free'"),
+    ([*FOX, "--constraints", "value,size"], "'value,size'"),
+    ([*FOX, "--strategy", "cma", "--constraints", "none"], "constraints='none'"),
     ([*FOX, "--scheduler", "NoScheduler"], "'NoScheduler'"),
     ([*FOX, "--device", "tpu"], "'tpu'"),
     ([*FOX, "--device", "cpu", "--dtype", "float16"], "float16 does not run on the CPU"),

@@ -20,7 +20,7 @@ from PIL import Image
 
 import ipgo_opt
 from ipgo_opt import BadInput, compare
-from ipgo_opt.comparison import interval, paired, plan, solver_settings
+from ipgo_opt.comparison import interval, named, paired, plan, solver_settings
 
 SETTINGS: dict[str, Any] = {
     **{name: value for name, value in tiny.RUN.items() if name != "seed_share"},
@@ -156,7 +156,7 @@ def test_how_solvers_are_named():
 
 
 def test_gradient_follows_one_candidate_whatever_the_batch(tmp_path):
-    cells = plan(["a fox"], ["gradient", "random"], tmp_path, budget=20, batch_size=4)
+    cells = plan(["a fox"], named(["gradient", "random"]), tmp_path, budget=20, batch_size=4)
     assert [cell.config.batch_size for cell in cells] == [1, 4]
     assert {cell.config.budget for cell in cells} == {20}
 

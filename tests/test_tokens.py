@@ -180,6 +180,35 @@ def test_basis_is_orthonormal_everywhere(layout):
             assert (E.mT @ E - torch.eye(E.shape[-1])).abs().max() < 1e-5, size
 
 
+def test_without_rotation_tokens_are_the_basis_times_the_coefficients():
+    made = space(rotation=False, basis=4)
+    x = moved(made, full=True)
+    assert len(made.coordinates(full=False)) == 4 * (3 + 2)
+    for side, (_, coefficients) in made._split(x, True).items():
+        E = made.bases(x)[side][0]
+        assert (E.T @ E - torch.eye(4)).abs().max() < 1e-5
+        V = (E @ coefficients.view(4, -1)).T
+        assert torch.allclose(made.tokens(x, full=True)[side][0], V, atol=1e-6)
+
+
+@both_layouts
+def test_without_orthonormality_every_entry_of_the_basis_is_free(layout):
+    """The start is the same as with it; then E is the very matrix that the vector holds."""
+    free, bound = space(layout, orthonormal=False), space(layout)
+    x, y = (made.coordinates(full=True).start[None] for made in (free, bound))
+    for side, V in bound.tokens(y, full=True).items():
+        assert torch.allclose(free.tokens(x, full=True)[side], V, atol=1e-5)
+    x = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    basis, _ = free._split(x, True)["prefix"]
+    assert torch.equal(free.bases(x)["prefix"].flatten(), basis[0, : D * free.sides["prefix"].N])
+
+
+def test_without_the_value_constraint_there_are_no_bounds():
+    coordinates = space(bounded=False).coordinates(full=True)
+    assert coordinates.upper.isinf().all()
+    assert coordinates.lower.isinf().all()
+
+
 @both_views
 @both_layouts
 def test_every_angle_has_an_effect(layout, full):

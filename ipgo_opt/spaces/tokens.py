@@ -44,6 +44,9 @@ class TokenShape:
             for each of the M tokens (all M·N coefficients are free), a bias, and a pair of angles for each token.
         scale: factor on the tokens (1 in the paper). Text encoders differ in the norm of their states.
         spread: Z starts uniform in [−spread, spread] (1 in the released code).
+        rotation: whether R1 and R2 are there; without them V = E Z.
+        orthonormal: whether E stays orthonormal; if not, it starts so and every entry of it is free.
+        bounded: whether Z stays in [−1, 1] and θ in [−π, π].
 
     """
 
@@ -53,6 +56,9 @@ class TokenShape:
     layout: str = "shared"
     scale: float = 1.0
     spread: float = 1.0
+    rotation: bool = True
+    orthonormal: bool = True
+    bounded: bool = True
 
     def columns(self, tokens: int) -> int:
         """Number of columns of one side's E."""
@@ -113,7 +119,7 @@ class _Side:
     ) -> None:
         self.M, self.d, self.shape = tokens, width, shape
         self.N = shape.columns(tokens)
-        self.angles = 1 if shape.layout == "shared" else tokens
+        self.angles = (1 if shape.layout == "shared" else tokens) if shape.rotation else 0
         self.biases = 0 if shape.layout == "shared" else width
         holder: Any = nn.Module()
         first = torch.randn(width, self.N, generator=generator)
@@ -125,18 +131,23 @@ class _Side:
             orthogonal(holder, "E", orthogonal_map="householder")
         self.parametrization: Any = holder.parametrizations.E[0].requires_grad_(False)
         X = holder.parametrizations.E.original.detach()  # the unconstrained d × N parameter behind E
+        if not shape.orthonormal:
+            X = holder.E.detach()
         Z = (torch.rand(self.N, tokens, generator=generator) * 2 - 1) * shape.spread
         self.start_basis = torch.cat([X.flatten(), torch.zeros(self.biases)])
         self.start_coefficients = torch.cat([Z.flatten(), torch.zeros(2 * self.angles)])
 
     def bounds(self) -> Tensor:
         """Greatest absolute value of (Z, θ1, θ2), flat."""
-        return torch.cat([torch.ones(self.N * self.M), torch.full((2 * self.angles,), math.pi)])
+        bounds = torch.cat([torch.ones(self.N * self.M), torch.full((2 * self.angles,), math.pi)])
+        return bounds if self.shape.bounded else torch.full_like(bounds, math.inf)
 
     def E(self, basis: Tensor) -> Tensor:
-        """The orthonormal bases (q, d, N) of the flat parameters `basis` (q, d·N + biases)."""
-        X = basis[:, : self.d * self.N].view(-1, self.d, self.N).tril(-1) - torch.eye(self.d, self.N).to(basis)
-        return self.parametrization(X)
+        """The bases (q, d, N) of the flat parameters `basis` (q, d·N + biases)."""
+        X = basis[:, : self.d * self.N].view(-1, self.d, self.N)
+        if not self.shape.orthonormal:
+            return X
+        return self.parametrization(X.tril(-1) - torch.eye(self.d, self.N).to(basis))
 
     def V(self, basis: Tensor, coefficients: Tensor) -> Tensor:
         """Tokens (q, M, d) of the flat parameters; `basis` may have one row for all candidates."""
@@ -144,6 +155,8 @@ class _Side:
         V = (self.E(basis) @ Z.view(-1, self.N, self.M)).mT
         if self.biases:
             V = V + basis[:, None, self.d * self.N :]
+        if not self.shape.rotation:
+            return self.shape.scale * V
         return self.shape.scale * rotate_shifted_pairs(rotate_pairs(V, theta1), theta2)
 
 

@@ -6,6 +6,7 @@ reflection; coordinates whose bounds coincide stay where they are.
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
 from collections.abc import Iterator
@@ -64,12 +65,25 @@ class Nevergrad:
         """For each point told, how many had been asked for by then."""
         source = np.random.RandomState(seed % 2**32)
         self._globals = source.get_state(), random.Random(seed).getstate()
+        self.optimizer: Any = None
+        self.source = source
         with self._own_globals():
-            start = self._unit(self.problem.start)
-            cube = ng.p.Array(init=start, lower=np.zeros_like(start), upper=np.ones_like(start))
-            cube.random_state = source
-            self.optimizer = self._optimizer(cube)
+            if not self.design:
+                self._start(self.problem.start)
+
+    def _start(self, x: Tensor) -> None:
+        """The optimizer begins at x (D,)."""
+        start = self._unit(x)
+        cube = ng.p.Array(init=start, lower=np.zeros_like(start), upper=np.ones_like(start))
+        cube.random_state = self.source
+        self.optimizer = self._optimizer(cube)
+        if not self.design:
             self.optimizer.suggest(start)
+
+    @property
+    def design(self) -> int:
+        """Points drawn uniformly at the beginning, the start first; the optimizer begins at the best of them."""
+        return 0
 
     @contextmanager
     def _own_globals(self) -> Iterator[None]:
@@ -97,11 +111,17 @@ class Nevergrad:
 
     def _ask_one(self) -> Tensor:
         lower, upper = self.problem.lower, self.problem.upper
-        candidate = self.optimizer.ask()
+        candidate = None
+        if self.asked < self.design:
+            unit = torch.from_numpy(self.source.uniform(size=len(lower)))
+        else:
+            if self.optimizer is None:
+                self._start(self.points[int(np.argmax(self.values))] if self.values else self.problem.start)
+            candidate = self.optimizer.ask()
+            unit = torch.from_numpy(np.asarray(candidate.value, dtype=np.float64))
         if self.asked == 0:
             x = self.problem.start.clone()
         else:
-            unit = torch.from_numpy(np.asarray(candidate.value, dtype=np.float64))
             x = (lower.double() + unit * (upper.double() - lower.double())).to(lower.dtype).clamp(lower, upper)
         self.pending.append((x, candidate))
         self.asked += 1
@@ -109,12 +129,15 @@ class Nevergrad:
 
     def _tell_one(self, x: Tensor, value: float) -> None:
         index = next((i for i, (asked, _) in enumerate(self.pending) if torch.equal(asked, x)), None)
-        if index is None:
+        if index is None and self.optimizer is None:
+            candidate = None
+        elif index is None:
             candidate = self.optimizer.parametrization.spawn_child(new_value=self._unit(x))
         else:
             candidate = self.pending.pop(index)[1]
         # TBPSA takes the distance of such a point from its center as the step size that made it: here zero, forever
-        if not (isinstance(self.optimizer, _TBPSA) and torch.equal(x, self.problem.start)):
+        design = candidate is None or self.optimizer is None
+        if not design and not (isinstance(self.optimizer, _TBPSA) and torch.equal(x, self.problem.start)):
             with suppress(TellNotAskedNotSupportedError):
                 self.optimizer.tell(candidate, -value)
         self.points.append(x.clone())
@@ -156,6 +179,8 @@ class Nevergrad:
                 self._ask_one()
 
 
+DESIGN_SHARE = 1 / 3
+"""Share"""
 SIGMA = 0.15
 """Standard deviation of CMA-ES's first steps, as a share of the width of the box."""
 
@@ -174,6 +199,11 @@ class Cma(Nevergrad):
     """
 
     name = "CMA"
+
+    @property
+    def design(self) -> int:
+        """See DESIGN_SHARE."""
+        return math.ceil(DESIGN_SHARE * self.problem.budget)
 
     def _optimizer(self, cube: Any) -> Any:
         cube.set_mutation(sigma=SIGMA)
