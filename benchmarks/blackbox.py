@@ -31,12 +31,16 @@ REWARDS = ("aesthetic", "jpeg-incompressibility")
 SOLVERS = ("bayes", "cma", "random", "seeds")
 LEARNED = "learned"
 BASES = {
-    "random, scale 4": {"basis": "random"},
+    "random, scale 4": {"basis": "random", "scale": 4.0},
+    "random, scale 8": {"basis": "random", "scale": 8.0},
     "states, scale 2": {"basis": "states", "scale": 2.0},
-    "states, scale 4": {"basis": "states"},
+    "states, scale 4": {"basis": "states", "scale": 4.0},
     "states, scale 8": {"basis": "states", "scale": 8.0},
-    "states, scale 4, N = 16": {"basis": "states", "basis_size": 16},
-    "learned on the aesthetic reward, scale 4": {"basis": LEARNED},
+    "states, scale 16": {"basis": "states", "scale": 16.0},
+    "states, scale 4, N = 16": {"basis": "states", "scale": 4.0, "basis_size": 16},
+    "states, scale 8, N = 16": {"basis": "states", "scale": 8.0, "basis_size": 16},
+    "learned on the aesthetic reward, scale 4": {"basis": LEARNED, "scale": 4.0},
+    "learned on the aesthetic reward, scale 8": {"basis": LEARNED, "scale": 8.0},
 }
 """Settings of the tokens; the learned basis costs a gradient run of 51 images beforehand."""
 SHARES = (0.0, 0.16, 0.33, 0.5, 0.75)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import subprocess
 import sys
@@ -306,16 +307,25 @@ def test_nothing_is_drawn_from_the_global_generators():
     assert states[4:6] == states[6:]
 
 
-def test_the_first_steps_of_cma_are_a_share_of_the_box():
-    """In few dimensions and in many, whatever the widths of the bounds are: the mean is the start."""
+def test_cma_begins_at_the_best_of_a_uniform_design():
+    """In few dimensions and in many, whatever the bounds: half of the budget fills the box, then steps of SIGMA."""
     for dimensions in (6, 40):
         width = torch.linspace(0.5, 4, dimensions)
         lower = torch.linspace(-1, 1, dimensions)
-        start = lower + width / 2
-        solver = Cma(Problem(start, lower, lower + width, budget=400, batch=400))
-        unit = (solver.ask()[1:] - lower) / width
-        assert (unit.mean(0) - 0.5).abs().max() < 5 * SIGMA / 20
-        assert (unit.std(0) - SIGMA).abs().max() < 0.2 * SIGMA
+        solver = Cma(Problem(lower + width / 2, lower, lower + width, budget=800, batch=400))
+        design = solver.ask()
+        unit = (design[1:] - lower) / width
+        assert (unit.mean(0) - 0.5).abs().max() < 5 * 0.29 / 20
+        assert (unit.std(0) - 1 / math.sqrt(12)).abs().max() < 0.05
+        center = ((unit - 0.5).abs().amax(1)).argmin()  # far enough from the bounds for its steps to be seen whole
+        value = torch.zeros(400)
+        value[1 + center] = 1.0
+        solver.tell(design, value)
+        steps = (solver.ask() - lower) / width - unit[center]
+        inside = (unit[center] - 0.5).abs() < 0.5 - 2 * SIGMA
+        assert inside.any()
+        assert steps.mean(0)[inside].abs().max() < 5 * SIGMA / 20
+        assert (steps.std(0)[inside] - SIGMA).abs().max() < 0.2 * SIGMA
 
 
 def test_cma_works_in_many_dimensions():

@@ -202,7 +202,7 @@ def latex(grids: Sequence[Grid]) -> str:
 
 def page(title: str, about: str, grids: Sequence[Grid], parts: Sequence[Part]) -> str:
     """The tables on one page, after a strip of pictures for the first prompt of every part."""
-    out = [f"<h1>{html.escape(title)}</h1><p><code>{html.escape(about.strip("`"))}</code></p>"]
+    out = [f"<h1>{html.escape(title)}</h1><p><code>{html.escape(about.strip('`'))}</code></p>"]
     out += [strip for part in parts if (strip := _strip(part))]
     for grid in grids:
         head = "".join(f"<th>{html.escape(text)}</th>" for text in grid.header)
