@@ -27,7 +27,11 @@ TUNING = (
     "a castle in the snow", "a penguin on a beach", "a clown and a car in the snow", "a tree right of a house",
 )  # fmt: skip
 """What bases and shares are chosen on: none of the prompts that solvers are judged on."""
-REWARDS = ("aesthetic", "jpeg-incompressibility")
+REWARDS = {
+    "solvers": ("aesthetic", "jpeg-incompressibility"),
+    "bases": ("aesthetic", "jpeg-incompressibility", "clip"),
+    "shares": ("aesthetic", "jpeg-incompressibility"),
+}
 SOLVERS = ("bayes", "cma", "random", "seeds")
 LEARNED = "learned"
 BASES = {
@@ -36,11 +40,8 @@ BASES = {
     "states, scale 2": {"basis": "states", "scale": 2.0},
     "states, scale 4": {"basis": "states", "scale": 4.0},
     "states, scale 8": {"basis": "states", "scale": 8.0},
-    "states, scale 16": {"basis": "states", "scale": 16.0},
     "states, scale 4, N = 16": {"basis": "states", "scale": 4.0, "basis_size": 16},
-    "states, scale 8, N = 16": {"basis": "states", "scale": 8.0, "basis_size": 16},
     "learned on the aesthetic reward, scale 4": {"basis": LEARNED, "scale": 4.0},
-    "learned on the aesthetic reward, scale 8": {"basis": LEARNED, "scale": 8.0},
 }
 """Settings of the tokens; the learned basis costs a gradient run of 51 images beforehand."""
 SHARES = (0.0, 0.16, 0.33, 0.5, 0.75)
@@ -88,6 +89,15 @@ def learned(folder: Path, prompt: str) -> Path:
     return folder
 
 
+def judged(run: dict[str, Any]) -> dict[str, float | None]:
+    """The held-out judge of raw.png and best.png, the images that the search saw."""
+    import json
+
+    lines = [json.loads(line) for line in Path(run["folder"], "history.jsonl").read_text().splitlines()]
+    best = max((line for line in lines if line["reward"] is not None), key=lambda line: line["reward"])
+    return {"judge_raw_png": lines[0]["judge"], "judge_best_png": best["judge"]}
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """A number of a table, or a dash."""
     return "–" if value is None else f"{value:.{digits}f}"
@@ -108,7 +118,7 @@ def main() -> None:
     prompts = (PROMPTS if args.part == "solvers" else TUNING)[: args.prompts]
     cells = [
         (reward, label, args.runs / args.part / reward / f"{label or 'all'}-{k}", prompt, solvers, settings)
-        for reward in REWARDS
+        for reward in REWARDS[args.part]
         for label, solvers, settings in variants(args.part, reward)
         for k, prompt in enumerate(prompts)
     ]
@@ -124,15 +134,15 @@ def main() -> None:
         f"{len(prompts)} prompts, 100 images each; means over prompts, differences to `{reference}` paired by prompt, "
         "with 95 % bootstrap intervals over the prompts. Held out: 8 fresh seeds.",
     ]
-    for reward in REWARDS:
+    for reward in REWARDS[args.part]:
         lines += [
             "", f"## {reward}", "",
             f"| | raw | after the seeds | best at 25 | at 50 | at 100 | minus {reference} | held out, raw | held out | "
-            "judge, raw | judge | seconds |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|",
+            "judge, raw | judge | judge of raw.png | of best.png | seconds |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]  # fmt: skip
         runs = [
-            run | {"solver": label or run["solver"]}
+            run | judged(run) | {"solver": label or run["solver"]}
             for (of, label, *_), result in zip(cells, made, strict=True) if of == reward
             for run in result["runs"]
         ]  # fmt: skip
@@ -148,7 +158,8 @@ def main() -> None:
                 name, number(mean("raw")), number(mean("seed_reward")),
                 *(number(mean(f"best_at_{share}")) for share in ("25%", "50%", "100%")), gap,
                 number(mean("held_out_raw")), number(mean("held_out")), number(mean("judge_raw")),
-                number(mean("judge")), number(mean("seconds"), 0),
+                number(mean("judge")), number(mean("judge_raw_png")), number(mean("judge_best_png")),
+                number(mean("seconds"), 0),
             ]  # fmt: skip
             lines.append("| " + " | ".join(cells_of_row) + " |")
         if args.part == "solvers":
