@@ -104,9 +104,12 @@ class ConditioningFile:
     @property
     def tokens(self) -> dict[str, Tensor]:
         """The tokens (1, M, d) by side; BadInput if the file has none."""
-        found = {name: self.tensors[name][None] for name in ("prefix", "suffix") if name in self.tensors}
+        sides: tuple[str, ...] = ("prefix", "suffix")
+        found = {name: self.tensors[name][None] for name in sides if name in self.tensors}
         if not found:
-            raise BadInput(f"{str(self.path)!r} holds no tokens: its best image is the raw prompt's, or of another space.")
+            raise BadInput(
+                f"{str(self.path)!r} holds no tokens: its best image is the raw prompt's, or of another space."
+            )
         return found
 
     @property
@@ -158,7 +161,11 @@ class ConditioningFile:
         if missing:
             raise BadInput(f"a {given} needs {missing[0]!r}, which {str(self.path)!r} lacks.")
         tensors = {name: self.tensors[name].to(like) for name, like in needed.items()}
-        return sampler.packed(tensors) | sampler.arguments([int(about["seed"])]) | {"output_type": "pil", "return_dict": True}
+        return (
+            sampler.packed(tensors)
+            | sampler.arguments([int(about["seed"])])
+            | {"output_type": "pil", "return_dict": True}
+        )
 
     def image(self, pipe: Any) -> Image:
         """The file's image, made by a diffusers pipeline."""
@@ -208,7 +215,11 @@ def write_comfyui(file: ConditioningFile, out: Path) -> list[Path]:
         }  # fmt: skip
         more = {key: file.tensors[name] for name, key in names.items() if name in file.tensors}
         path.parent.mkdir(parents=True, exist_ok=True)
-        about = {"num_conditionings": "1", "dtype": str(states.dtype).removeprefix("torch."), "prompt": file.metadata["prompt"]}
+        about = {
+            "num_conditionings": "1",
+            "dtype": str(states.dtype).removeprefix("torch."),
+            "prompt": file.metadata["prompt"],
+        }
         write_tensors(path, {"conditioning_data_0": states, **more}, about)
         written.append(path)
     return written

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class Conditioning:
         return self.map(lambda tensor: tensor.repeat_interleave(times, 0))
 
     def expand(self, size: int) -> Conditioning:
-        """A batch of one, as a batch of `size` (no memory is copied); a batch of a multiple of `size` is left as it is."""
+        """A batch of one, as a batch of `size` (no memory is copied); a multiple of `size` rows stay as they are."""
         if len(self) > 1 and len(self) % size == 0:
             return self
         return self.map(lambda tensor: tensor.expand(size, *tensor.shape[1:]))
@@ -51,7 +52,7 @@ class Conditioning:
     def stack(cls, parts: Sequence[Conditioning]) -> Conditioning:
         """The rows of several conditionings of the same `shapes` in one batch."""
         tensors = [part.tensors() for part in parts]
-        joined = {name: torch.cat([one[name] for one in tensors]) for name in tensors[0]}
+        joined: dict[str, Any] = {name: torch.cat([one[name] for one in tensors]) for name in tensors[0]}
         extra = {name: joined.pop(name) for name in parts[0].extra}
         return replace(parts[0], extra=extra, **joined)
 

@@ -27,6 +27,9 @@ FIRST_HELD_OUT_SEED = 10_000_000
 FIRST_VALIDATION_SEED = 9_000_000
 """Seeds from here on are those of validation prompts; the training of shared tokens uses smaller ones."""
 
+MOST_STRENGTH = 1.5
+"""Largest factor on learned tokens when they are applied; the smallest is 0."""
+
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -76,6 +79,8 @@ class RunConfig:
         shared: whether one set of tokens is learned for all of `prompts`; `prompt` is then a title.
         prompts: what shared tokens are trained on, () otherwise.
         validation: prompts that shared tokens are chosen by.
+        judge_tolerance: share by which the judge may fall on the validation prompts, below the raw prompts', for shared
+            tokens to count as better; 1 for any.
         prompt_batch: prompts per update of shared tokens.
         validate_every: updates between two validations of shared tokens; 0 for an epoch.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
@@ -127,6 +132,7 @@ class RunConfig:
     shared: bool = False
     prompts: Sequence[str] = ()
     validation: Sequence[str] = ()
+    judge_tolerance: float = 1.0
     prompt_batch: int = 4
     validate_every: int = 0
     device: str = "auto"
@@ -236,9 +242,10 @@ BLACK_BOX_DEFAULTS: dict[str, Any] = {
 candidates in batches, and a third of the budget for the seed, the strongest coordinate of all (docs/blackbox.md)."""
 
 SHARED_DEFAULTS: dict[str, Any] = {
-    "search_seeds": 1, "seed_share": 0.0, "decay": 1.0, "held_out": 1, "patience": 5,
+    "search_seeds": 1, "seed_share": 0.0, "decay": 1.0, "held_out": 1, "patience": 5, "judge_tolerance": 0.1,
 }  # fmt: skip
-"""What shared tokens want on every model: the paper's constant learning rate, and a seed of its own for each image."""
+"""What shared tokens want on every model: the paper's constant learning rate, a seed of its own for each image, and an
+end when the validation prompts gain no more or lose what they show (a reward that is climbed for long is hacked)."""
 
 EPOCHS = 20
 """Passes over the training prompts of shared tokens that the default budget pays for (arXiv 2503.21812, section 5)."""
@@ -299,7 +306,9 @@ def configure(prompt: str, **given: Any) -> RunConfig:
     whole = isinstance(config.budget, int) and isinstance(config.search_seeds, int)
     if "search_seeds" not in chosen and whole and not config.shared:  # a small budget has fewer seeds
         config = dataclasses.replace(config, search_seeds=max(1, min(config.search_seeds, config.budget // 4)))
-    if "batch_size" not in chosen and whole and config.search_seeds > 0 and not config.shared:  # a small budget has small batches
+    if (
+        "batch_size" not in chosen and whole and config.search_seeds > 0 and not config.shared
+    ):  # a small budget has small batches
         room = config.budget // config.search_seeds - 1
         config = dataclasses.replace(config, batch_size=max(1, min(config.batch_size, room // 2)))
     check(config)
@@ -372,6 +381,7 @@ def check(config: RunConfig) -> ModelSource:
         "learning_rate",
         "decay",
         "max_grad_norm",
+        "judge_tolerance",
     ):
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:

@@ -12,7 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -30,8 +30,8 @@ MOST_FAILURES = 10
 class Reporter(Protocol):
     """Is told what happens; the command line's display is one."""
 
-    def started(self, config: RunConfig, out: Path, history: list[dict[str, Any]]) -> None:
-        """The search begins or goes on after `history`."""
+    def started(self, config: RunConfig, out: Path, history: list[dict[str, Any]], runs: int = 1) -> None:
+        """The search begins or goes on after `history`; `runs` searches like it go on in one pass."""
         ...
 
     def evaluated(self, record: dict[str, Any]) -> None:
@@ -76,7 +76,7 @@ class Search(ABC):
 
     """
 
-    KEPT = (
+    KEPT: ClassVar[tuple[str, ...]] = (
         "evaluation", "failures", "raw", "seed_reward", "best", "best_x", "worst", "seconds", "images",
         "denoiser_calls",
     )  # fmt: skip
@@ -200,7 +200,7 @@ class Loop(Search):
 
     """
 
-    KEPT = (*Search.KEPT, "raw_scores", "stale")
+    KEPT: ClassVar[tuple[str, ...]] = (*Search.KEPT, "raw_scores", "stale")
 
     def __init__(
         self, config: RunConfig, store: Store, reporter: Reporter, strategy: Strategy, steps: int, room: int
@@ -284,9 +284,7 @@ class Loop(Search):
         return {"seeds": self.seeds}
 
 
-def drive(
-    searches: Sequence[Search], objective: Objective, save: Callable[[], None], *, lenient: bool = False
-) -> None:
+def drive(searches: Sequence[Search], objective: Objective, save: Callable[[], None], *, lenient: bool = False) -> None:
     """Runs what is left of the searches, all in one pass: a round evaluates the next wish of each.
 
     Args:

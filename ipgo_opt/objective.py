@@ -134,7 +134,7 @@ class Objective:
         self.encoded = functools.lru_cache(MOST_ENCODED)(sampler.encode)
 
     def applied(self, x: Tensor | None, conditioning: Conditioning) -> tuple[Conditioning, Tensor]:
-        """Conditioning and penalty of points x (q, D) on B rows of prompts (see Space.apply); None is the raw prompt."""
+        """Conditioning and penalty of points x (q, D) on B prompts (see Space.apply); None is the raw prompts."""
         if x is None:
             return conditioning, torch.zeros(len(conditioning))
         applied: tuple[Conditioning, Tensor] = self.space.apply(x, conditioning, full=self.full)
@@ -173,45 +173,52 @@ class Objective:
 
     def _evaluate(self, batch: list[_Block], requests: Sequence[Request], sheets: list[_Sheet]) -> int:
         """One pipeline call, scored and entered; returns its number of images."""
-        first = requests[batch[0].request]
-        gradient, b, S = first.gradient, len(batch[0].prompts), len(batch[0].seeds)
-        points = [requests[block.request].x for block in batch]
-        x = None if first.x is None else torch.stack([p[block.candidate] for p, block in zip(points, batch, strict=True)])  # type: ignore[index]
+        gradient, b, S = requests[batch[0].request].gradient, len(batch[0].prompts), len(batch[0].seeds)
         texts = [requests[block.request].prompts[p] for block in batch for p in block.prompts]
         seeds = [requests[block.request].seeds[p][s] for block in batch for p in block.prompts for s in block.seeds]
         prompts = [text for text in texts for _ in range(S)]
-        one = self.encoded(texts[0])
-        conditioning = one if len(set(texts)) == 1 and x is not None and b == 1 else Conditioning.stack(
-            [self.encoded(text) for text in texts]
-        )
-        leaf = x.detach().clone().requires_grad_() if gradient and x is not None else x
+        points = [(requests[block.request].x, block.candidate) for block in batch]
+        found = [x[candidate] for x, candidate in points if x is not None]
+        x = torch.stack(found).requires_grad_(gradient) if found else None
         calls = self.sampler.denoiser_calls
         with torch.set_grad_enabled(gradient):
-            changed, penalty = self.applied(leaf, conditioning)
+            changed, penalty = self.applied(x, self._conditioning(texts, b if found else 0))
             images = self.sampler.generate(changed.repeat(S), seeds, gradient=gradient)
             parts = self.reward.parts(images, prompts)
-            scores = self.reward.total(parts)
-            whole = torch.tensor([sheets[block.request].scores[0].numel() for block in batch]).to(scores)
-            value = (scores.view(-1, b * S) - self.config.gamma * penalty.to(scores).repeat_interleave(S).view(-1, b * S)).sum(1) / whole
+            scores = self.reward.total(parts).view(-1, b, S)
+            penalty = penalty.to(scores).view(-1, b)
+            value = (scores - self.config.gamma * penalty[..., None]).sum((1, 2))
         slope = None
-        if gradient and leaf is not None:
-            (slope,) = torch.autograd.grad(value.sum(), leaf)
+        if gradient and x is not None:
+            of_mean = torch.tensor([1 / sheets[block.request].scores[0].numel() for block in batch]).to(value)
+            (slope,) = torch.autograd.grad(value, x, of_mean)
+        images, calls = images.detach(), self.sampler.denoiser_calls - calls
         with torch.no_grad():
-            judged = None if self.judge is None else self.judge(images.detach(), prompts)
-        found = {name: part.detach().float().cpu().view(-1, b, S) for name, part in parts.items()}
+            judged = None if self.judge is None else _cpu(self.judge(images, prompts)).view(-1, b, S)
+        scores, penalty = _cpu(scores), _cpu(penalty)
+        parts = {name: _cpu(part).view(-1, b, S) for name, part in parts.items()}
         for i, block in enumerate(batch):
-            sheet = sheets[block.request]
-            at = (block.candidate, torch.tensor(block.prompts)[:, None], torch.tensor(block.seeds))
-            sheet.scores[at] = scores.detach().float().cpu().view(-1, b, S)[i]
-            for name, part in found.items():
+            sheet, k, p, s = sheets[block.request], block.candidate, list(block.prompts), list(block.seeds)
+            at = (k, torch.tensor(p)[:, None], torch.tensor(s))
+            sheet.scores[at] = scores[i]
+            sheet.penalty[k, p] = penalty[i]
+            for name, part in parts.items():
                 sheet.parts[name][at] = part[i]
             if sheet.judge is not None and judged is not None:
-                sheet.judge[at] = judged.float().cpu().view(-1, b, S)[i]
-            sheet.penalty[block.candidate, list(block.prompts)] = penalty.detach().float().cpu().view(-1, b)[i]
-            if slope is not None and sheet.gradient is not None:
-                sheet.gradient[block.candidate] += slope[i].cpu()
+                sheet.judge[at] = judged[i]
+            if sheet.gradient is not None and slope is not None:
+                sheet.gradient[k] += slope[i]
             if sheet.request.images:
-                for n, (p, s) in enumerate(product(block.prompts, block.seeds)):
-                    sheet.images[block.candidate, p, s] = images[i * b * S + n].detach()
-            sheet.calls += (self.sampler.denoiser_calls - calls) // len(batch)
+                sheet.images |= {(k, *where): images[i * b * S + n] for n, where in enumerate(product(p, s))}
+            sheet.calls += calls // len(batch)
         return len(images)
+
+    def _conditioning(self, texts: Sequence[str], each: int) -> Conditioning:
+        """The prompts encoded, a row for each; one row for all candidates if each has one prompt, the same."""
+        if each == 1 and len(set(texts)) == 1:
+            return self.encoded(texts[0])
+        return Conditioning.stack([self.encoded(text) for text in texts])
+
+
+def _cpu(scores: Tensor) -> Tensor:
+    return scores.detach().float().cpu()

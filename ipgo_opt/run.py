@@ -6,7 +6,6 @@ One prompt is one run; many prompts are as many runs in one pass; tokens shared 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shutil
 import tempfile
@@ -29,7 +28,7 @@ from ipgo_opt.rewards.base import Reward, RewardFailed, Term, WeightedSum, prepa
 from ipgo_opt.rewards.custom import from_object
 from ipgo_opt.shared import SharedLoop
 from ipgo_opt.spaces import SPACES
-from ipgo_opt.store import FORMAT, Store, check_out, read_run, slug, to_pil
+from ipgo_opt.store import FORMAT, Store, check_out, read_history, read_run, slug, to_pil
 from ipgo_opt.strategies import STRATEGIES
 from ipgo_opt.strategies.base import Problem, Strategy
 from ipgo_opt.verdict import give_verdicts
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
 class Silence:
     """A reporter that says nothing."""
 
-    def started(self, config: RunConfig, out: Path, history: list[dict[str, Any]]) -> None:
+    def started(self, config: RunConfig, out: Path, history: list[dict[str, Any]], runs: int = 1) -> None:
         """Nothing."""
 
     def evaluated(self, record: dict[str, Any]) -> None:
@@ -191,7 +190,7 @@ def optimize(
     temporary = tempfile.TemporaryDirectory(prefix="ipgo-opt-") if out is None else None
     folder = Path(out) if out is not None else Path(temporary.name)  # type: ignore[union-attr]
     check_out(folder)
-    parts = _prepare(configs[0], custom, {} if loaded is None else loaded)
+    parts = assemble(configs[0], custom, {} if loaded is None else loaded)
     many = prompts is not None and not shared
     with _opened(folder) as store:
         store.write_json("run.json", _many_json(configs, "running") if many else _run_json(configs[0], "running"))
@@ -227,7 +226,7 @@ def resume(
         raise BadInput(f"run.json in {str(folder)!r} has no usable configuration: {error}") from None
     if run["status"] == "finished":
         homes = _homes(Path(folder), configs) if many else [Path(folder)]
-        results = [Result(read_run(home)["result"], _history(home), home) for home in homes]
+        results = [Result(read_run(home)["result"], read_history(home), home) for home in homes]
         return results if many else results[0]
     if configs[0].reward.startswith("object:") and reward is None:
         raise BadInput(f"the run was started with the reward object {configs[0].reward[7:]}; pass it to resume.")
@@ -235,14 +234,10 @@ def resume(
         check(config)
     custom = None if reward is None else from_object(reward)
     with _opened(Path(folder)) as store:
-        parts = _prepare(configs[0], custom, {} if loaded is None else loaded)
+        parts = assemble(configs[0], custom, {} if loaded is None else loaded)
         if many:
             return _execute_many(configs, store, reporter or Silence(), parts)
         return _execute(configs[0], store, reporter or Silence(), parts)
-
-
-def _history(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
 
 
 def _run_json(config: RunConfig, status: str, result: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -274,7 +269,9 @@ def _opened(folder: Path) -> Iterator[Store]:
         store.close()
 
 
-class _Parts(NamedTuple):
+class Parts(NamedTuple):
+    """What a run is made of: the solver's class, what scores, what paints, what is searched."""
+
     strategy: Any
     reward: WeightedSum
     judge: Reward | None
@@ -282,7 +279,7 @@ class _Parts(NamedTuple):
     space: Any
 
 
-def _prepare(config: RunConfig, custom: Reward | None, loaded: dict[Any, Any]) -> _Parts:
+def assemble(config: RunConfig, custom: Reward | None, loaded: dict[Any, Any]) -> Parts:
     """Loads everything that a run is made of and that `loaded` has not yet; writes nothing."""
 
     def once(make: Callable[..., Any], *made_of: Any) -> Any:
@@ -306,7 +303,7 @@ def _prepare(config: RunConfig, custom: Reward | None, loaded: dict[Any, Any]) -
     pipeline = once(load_pipeline, config.model_source(), device, dtype, config.memory_levers())
     sampler = make_sampler(pipeline, config.sampler_settings, scheduler=config.scheduler, chunk=config.chunk)
     space = SPACES.load(config.space).made(config, sampler)
-    return _Parts(strategy_class, reward, judge, sampler, space)
+    return Parts(strategy_class, reward, judge, sampler, space)
 
 
 def _reward(spec: str, device: str, embedded: bool) -> WeightedSum:
@@ -317,7 +314,7 @@ def _judge(name: str, device: str, embedded: bool) -> Reward:
     return JUDGES.load(name)(device) if name in JUDGES else _reward(name, device, embedded)
 
 
-def _strategy(config: RunConfig, parts: _Parts, steps: int) -> Strategy:
+def _strategy(config: RunConfig, parts: Parts, steps: int) -> Strategy:
     """The solver on the space's coordinates, told of the evaluations that the budget leaves it."""
     coordinates = parts.space.coordinates(full=parts.strategy.uses_gradient)
     problem = Problem(
@@ -329,7 +326,7 @@ def _strategy(config: RunConfig, parts: _Parts, steps: int) -> Strategy:
     return strategy
 
 
-def _search(config: RunConfig, store: Store, reporter: Reporter, parts: _Parts, room: int) -> Search:
+def _search(config: RunConfig, store: Store, reporter: Reporter, parts: Parts, room: int) -> Search:
     """The search that a configuration describes, at its start."""
     if config.shared:
         return SharedLoop(config, store, reporter, _strategy(config, parts, config.schedule.count("update")))
@@ -349,7 +346,7 @@ def _execute(
     config: RunConfig,
     store: Store,
     reporter: Reporter,
-    parts: _Parts,
+    parts: Parts,
     temporary: tempfile.TemporaryDirectory[str] | None = None,
 ) -> Result:
     _fix_space(parts.space, store)
@@ -371,7 +368,7 @@ def _execute_many(
     configs: Sequence[RunConfig],
     store: Store,
     reporter: Reporter,
-    parts: _Parts,
+    parts: Parts,
     temporary: tempfile.TemporaryDirectory[str] | None = None,
 ) -> list[Result]:
     """All runs in one pass; while they last, one checkpoint holds the state of all."""
@@ -391,7 +388,8 @@ def _execute_many(
             else:
                 search.load_state_dict(state["runs"][n])
         done = [record for search in searches for record in search.history]
-        reporter.started(dataclasses.replace(configs[0], prompt=title([c.prompt for c in configs])), store.folder, done)
+        together = dataclasses.replace(configs[0], prompt=title([config.prompt for config in configs]))
+        reporter.started(together, store.folder, done, len(configs))
         _warn_of_length([config.prompt for config in configs], parts.sampler, reporter)
 
         def save() -> None:
@@ -419,7 +417,7 @@ def _run(
     searches: Sequence[Search],
     store: Store,
     reporter: Reporter,
-    parts: _Parts,
+    parts: Parts,
     save: Callable[[], None],
     *,
     lenient: bool = False,
@@ -448,7 +446,7 @@ def _warn_of_length(prompts: Sequence[str], sampler: Sampler, reporter: Reporter
             reporter.warned(f"the prompt has {tokens} tokens; the model's text encoder reads the first {limit}.")
 
 
-def _finish(search: Search, parts: _Parts) -> dict[str, Any]:
+def _finish(search: Search, parts: Parts) -> dict[str, Any]:
     """Summary, artefact, report and run.json of a search that is over."""
     from ipgo_opt.report import report_html
 

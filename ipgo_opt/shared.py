@@ -2,14 +2,14 @@
 
 arXiv 2503.21812, section 5: minibatches of 4 or 10 prompts, constant learning rate, 20 epochs. Here some prompts and a
 seed for each are kept apart: on them the raw prompts are evaluation 0, the tokens are scored after every epoch, the
-best tokens are those that are best there, and training stops when they have not become better for a while. All of these
-images belong to the budget.
+best tokens are those that are best there as long as the judge has not fallen too far, and training stops when they have
+not become better for a while. All of these images belong to the budget.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,16 +35,18 @@ class SharedLoop(Search):
 
     Attributes:
         leader, leader_value: what is validated next, and its value on the fixed minibatch (black boxes).
+        raw_judge: the judge's mean on the raw validation prompts.
         stale: validations in a row that found nothing better.
 
     """
 
-    KEPT = (*Search.KEPT, "leader", "leader_value", "stale", "updates")
+    KEPT: ClassVar[tuple[str, ...]] = (*Search.KEPT, "leader", "leader_value", "raw_judge", "stale", "updates")
 
     def __init__(self, config: RunConfig, store: Store, reporter: Reporter, strategy: Strategy) -> None:
         super().__init__(config, store, reporter, strategy)
         self.leader: Tensor | None = None
         self.leader_value = -math.inf
+        self.raw_judge: float | None = None
         self.stale = self.updates = 0
         self.schedule = config.schedule
 
@@ -86,16 +88,24 @@ class SharedLoop(Search):
     def _validated(self, request: Request, made: Evaluation) -> None:
         assert made.images is not None
         reward = float(made.scores.mean())
+        judge = None if made.judge is None else float(made.judge.mean())
         raw = self.evaluation == 0
         if raw:
             self.raw = self.seed_reward = reward if math.isfinite(reward) else -math.inf
+            self.raw_judge = judge
             self.store.write_image("raw.png", made.images[0])
         self.stale += 1
-        if raw or reward > self.best:
+        if raw or (reward > self.best and self._kept(judge)):
             self.best, self.stale = (self.raw if raw else reward), 0
             self.best_x = None if request.x is None else request.x[0].clone()
             self.store.write_image("best.png", made.images[0])
         self.write(request, made, [self.best] * made.scores.numel(), part="validation")
+
+    def _kept(self, judge: float | None) -> bool:
+        """Whether the judge has not fallen by more than is tolerated."""
+        if judge is None or self.raw_judge is None:
+            return True
+        return judge >= self.raw_judge - self.config.judge_tolerance * abs(self.raw_judge)
 
     def shown(self) -> tuple[str, int]:
         """The first validation prompt on its seed."""

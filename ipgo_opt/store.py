@@ -221,6 +221,11 @@ def read_run(folder: Path) -> dict[str, Any]:
     return run
 
 
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """The records of history.jsonl of a finished run."""
+    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+
+
 def to_pil(image: Tensor) -> Any:
     """An image (3, H, W) in [0, 1] as a PIL image."""
     from PIL import Image

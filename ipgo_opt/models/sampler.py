@@ -253,7 +253,7 @@ class Sampler:
         return len(self._tokenizer(prompt).input_ids), self._reads(self._tokenizer)
 
     def vocabulary(self, words: int = 512) -> list[str]:
-        """At most `words` whole words of the tokenizer's own vocabulary, spread evenly over it in alphabetical order."""
+        """At most `words` whole words of the tokenizer's own vocabulary, spread evenly over the alphabet."""
         tokenizer = self._tokenizer
         matches = [match for token in tokenizer.get_vocab() if (match := WORD.fullmatch(token))]
         whole = sorted({match["word"] for match in matches})

@@ -111,7 +111,7 @@ def orthonormal(directions: Tensor) -> Tensor:
 
 
 def inserted(
-    tokens: dict[str, Tensor], conditioning: Conditioning, *, attend: bool = False, strength: float = 1.0
+    tokens: dict[str, Tensor], conditioning: Conditioning, *, attend: bool = False, strength: Tensor | None = None
 ) -> Conditioning:
     """T of equation (2): tokens (q, M, d), by side, around encoded prompts.
 
@@ -119,13 +119,18 @@ def inserted(
         tokens: "prefix", "suffix" or both.
         conditioning: prompts in B rows, B a multiple of q: those of one set of tokens stand together.
         attend: whether each prompt's tokens are first taken from it by cross-attention (IPGO+).
-        strength: factor on what is inserted.
+        strength: factors (q,) on what is inserted; None for 1.
 
     """
     placed = {}
     for name, V in tokens.items():
-        V = V.to(conditioning.prompt_embeds).repeat_interleave(len(conditioning) // len(V), 0)
-        placed[name] = strength * (attended(V, conditioning) if attend else V)
+        each = len(conditioning) // len(V)
+        V = V.to(conditioning.prompt_embeds).repeat_interleave(each, 0)
+        if attend:
+            V = attended(V, conditioning)
+        if strength is not None:
+            V = V * strength.to(V).repeat_interleave(each)[:, None, None]
+        placed[name] = V
     return conditioning.insert(placed.get("prefix"), placed.get("suffix"))
 
 
@@ -249,6 +254,13 @@ class TokenSpace:
     def tokens(self, x: Tensor, *, full: bool) -> dict[str, Tensor]:
         """The tokens V (q, M, d) of vectors x (q, D), by side ("prefix", "suffix"; empty sides are absent)."""
         return {name: self.sides[name].V(*part) for name, part in self._split(x, full).items()}
+
+    def angles(self, x: Tensor, *, full: bool) -> dict[str, Tensor]:
+        """θ1 and θ2 (q, 2, 1 or M) of vectors x (q, D), by side."""
+        return {
+            name: coefficients[:, -2 * self.sides[name].angles :].view(len(x), 2, -1)
+            for name, (_, coefficients) in self._split(x, full).items()
+        }
 
     def apply(self, x: Tensor, conditioning: Conditioning, *, full: bool) -> tuple[Conditioning, Tensor]:
         """T of equation (2) for q candidates x (q, D) and B encoded prompts, and p_conf (B,) of equation (11).
