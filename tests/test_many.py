@@ -111,7 +111,7 @@ def test_a_prompt_that_fails_does_not_stop_the_others(tiny_folder, tmp_path):
             bad = torch.tensor([prompt == PROMPTS[1] for prompt in prompts])
             return torch.where(bad, torch.nan, super().__call__(images, prompts))
 
-    with pytest.raises(RunFailed, match="1 of 3 prompts failed.*two frogs.*no finite score"):
+    with pytest.raises(RunFailed, match=r"1 of 3 prompts failed.*two frogs.*no finite score"):
         optimize(prompts=PROMPTS, out=tmp_path, **settings(tiny_folder, reward=Picky()))
     status = [json.loads((home / "run.json").read_text())["status"] for home in sorted(tmp_path.glob("?-*"))]
     assert status == ["finished", "running", "finished"]
