@@ -54,7 +54,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     prompts, loaded = read_prompts("animals")[: args.prompts], {}
     more = {name: json.loads(value) for name, value in (pair.split("=", 1) for pair in args.set)}
-    optimize(prompts[0], budget=2, search_seeds=1, held_out=0, loaded=loaded, **more)  # loads the weights
+    optimize(prompts[0], loaded=loaded, **more | {"budget": 2, "search_seeds": 1, "held_out": 0})  # loads the weights
     for seeds in args.search_seeds:
         share = {"seed_share": 0.0} if seeds == 1 else {}
         settings = {"search_seeds": seeds, **share, **more}

@@ -115,8 +115,8 @@ def test_tokens_that_the_judge_dislikes_are_not_kept(tiny_folder, monkeypatch):
     """From a fall of 10 % on; without the tolerance the same run goes on to better rewards."""
     monkeypatch.setitem(JUDGES, "judge", Entry(f"{__name__}:falling", "falls"))
     monkeypatch.setattr("ipgo_opt.config.EMBEDDED", {str(tiny_folder): tiny_folder})
-    strict = run(tiny_folder, judge="judge", judge_tolerance=0.1)
-    loose = run(tiny_folder, judge="judge", judge_tolerance=1.0)
+    strict = run(tiny_folder, judge="judge", judge_tolerance=0.1, learning_rate=0.01)
+    loose = run(tiny_folder, judge="judge", judge_tolerance=1.0, learning_rate=0.01)
     assert loose.reward > strict.reward > strict.raw_reward
     kept = [r["best"] for r in strict.history]
     late = [e for e in by_evaluation(strict.history) if e[0]["part"] == "validation" and e[0]["judge"] < 0.9]
@@ -134,8 +134,7 @@ def test_it_stops_early(tiny_folder):
     result = run(tiny_folder, learning_rate=30.0, patience=2, budget=200, validate_every=1)
     bests = [e[0]["best"] for e in by_evaluation(result.history) if e[0]["part"] == "validation"]
     assert len(result.history) < 195
-    assert len(set(bests[-2:])) == 1
-    assert len(set(bests[-3:-1])) == 2 or len(set(bests)) == 1
+    assert bests[-4] < bests[-3] == bests[-2] == bests[-1]
 
 
 def test_black_boxes_compare_on_one_minibatch(tiny_folder):
@@ -192,7 +191,8 @@ def test_bad_settings(tiny_folder, tmp_path, changed, shown):
 
 def test_the_papers_budget_is_twenty_epochs(tiny_folder):
     """With a tenth of the prompts for validation, if nothing else is said; the learning rate is constant."""
-    config = configure("many", model=str(tiny_folder), shared=True, prompts=[f"a fox {n}" for n in range(40)])
+    prompts = [f"a fox {n}" for n in range(40)]
+    config = configure("many", model=str(tiny_folder), shared=True, prompts=prompts, reward="object:Redness")
     assert (len(config.prompts), len(config.validation), config.decay) == (36, 4, 1.0)
     assert config.schedule.count("update") * config.prompt_batch == 20 * 36
     assert config.schedule.count("validate") == 21

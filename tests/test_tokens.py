@@ -397,8 +397,8 @@ def test_the_widest_possible_bases_are_allowed():
 
 
 def attention_by_hand(V: Tensor, states: Tensor, read: list[int]) -> Tensor:
-    """softmax(V Cᵀ / √d) C over the states that are read, token by token in float64."""
-    out = torch.zeros_like(V)
+    """V + softmax(V Cᵀ / √d) C over the states that are read, token by token in float64."""
+    out = V.clone()
     for j in range(len(V)):
         logits = [math.exp(float(V[j].double() @ states[k].double()) / math.sqrt(D)) for k in read]
         for weight, k in zip(logits, read, strict=True):
@@ -424,7 +424,7 @@ def test_attending_tokens_are_cross_attention(masked):
         torchs = torch.nn.functional.scaled_dot_product_attention(
             V["prefix"][row // 2][None], states[row][None], states[row][None], allowed
         )
-        assert torch.allclose(T.prompt_embeds[row, :3], torchs[0], atol=1e-5)
+        assert torch.allclose(T.prompt_embeds[row, :3], V["prefix"][row // 2] + torchs[0], atol=1e-5)
     assert (T.prompt_embeds[0, :3] - T.prompt_embeds[1, :3]).abs().max() > 0.01
 
 

@@ -42,7 +42,7 @@ def insert(conditioning: list[list[Any]], tokens: dict[str, Tensor], strength: f
                 logits = V @ states.mT / math.sqrt(width)
                 if mask is not None:
                     logits = logits.masked_fill(mask.to(states.device)[:, None] == 0, -math.inf)
-                V = logits.softmax(-1) @ states
+                V = V + logits.softmax(-1) @ states
             placed[side] = strength * V
         pieces = [placed.get("prefix"), states, placed.get("suffix")]
         options = dict(options)

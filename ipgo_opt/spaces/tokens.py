@@ -9,7 +9,8 @@ encoder's width d, Z holds the coefficients of M tokens, θ1 and θ2 are the ang
     p_conf = ‖ mean_j T_j − mean_k f(C)_k ‖₂²            equation (11)
 
 IPGO+ (version 2 of the paper): before they are inserted, the tokens attend to the prompt by cross-attention without
-parameters, V ← softmax(V f(C)ᵀ / √d) f(C) with a token in each row of V and a state in each row of f(C).
+parameters, V ← V + softmax(V f(C)ᵀ / √d) f(C) with a token in each row of V and a state in each row of f(C). The sum
+with V is ours: what is attended to alone hardly depends on tokens of a small norm (docs/transfer.md).
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def inserted(
     Args:
         tokens: "prefix", "suffix" or both.
         conditioning: prompts in B rows, B a multiple of q: those of one set of tokens stand together.
-        attend: whether each prompt's tokens are first taken from it by cross-attention (IPGO+).
+        attend: whether what the tokens attend to in each prompt is added to them first (IPGO+).
         strength: factors (q,) on what is inserted; None for 1.
 
     """
@@ -135,12 +136,12 @@ def inserted(
 
 
 def attended(V: Tensor, conditioning: Conditioning) -> Tensor:
-    """softmax(V f(C)ᵀ / √d) f(C) of tokens V (B, M, d) over those states of each prompt that the denoiser reads."""
+    """V + softmax(V f(C)ᵀ / √d) f(C) of tokens V (B, M, d) over the states of each prompt that the denoiser reads."""
     states = conditioning.prompt_embeds
     logits = V @ states.mT / math.sqrt(states.shape[-1])
     if conditioning.mask is not None:
         logits = logits.masked_fill(conditioning.mask[:, None] == 0, -math.inf)
-    return logits.softmax(-1) @ states
+    return V + logits.softmax(-1) @ states
 
 
 class _Side:
