@@ -35,7 +35,7 @@ def plain_loop(objective: Objective, x: torch.Tensor, steps: int, keep_graphs: b
     """The denoising loop by hand: encode tokens, T calls, decode, reward, backward."""
     pipeline, config = objective.sampler.pipeline, objective.config
     x = x.clone().requires_grad_()
-    inputs = objective.applied(x)[0].levelled()
+    inputs = objective.applied(x, objective.encoded(config.prompt))[0].levelled()
     states = torch.cat([inputs.negative_prompt_embeds, inputs.prompt_embeds])
     scheduler = pipeline.scheduler
     scheduler.set_timesteps(steps)
@@ -55,15 +55,17 @@ def plain_loop(objective: Objective, x: torch.Tensor, steps: int, keep_graphs: b
     reward.sum().backward()
 
 
-def ours(loop: Loop, solver: Gradient) -> None:
-    """One step of a run, with everything that a run does."""
-    loop.step(solver)
-    loop.save(solver)
+def ours(loop: Loop, objective: Objective) -> None:
+    """One round of `loop.drive`, with everything that a run does."""
+    request = loop.next()
+    assert request is not None
+    loop.receive(request, objective([request])[0])
+    loop.store.save_checkpoint(loop.state_dict())
 
 
 def measure(steps: int, repeats: int) -> dict[str, np.ndarray]:
     """Seconds of `repeats` steps each, after two to warm up."""
-    config = configure("a fox and a rocket", num_inference_steps=steps)
+    config = configure("a fox and a rocket", num_inference_steps=steps, search_seeds=1, seed_share=0.0)
     sampler = load(
         resolve("emoji"), config.sampler_settings, device="cpu", dtype="float32", scheduler="", chunk=config.chunk
     )
@@ -73,11 +75,12 @@ def measure(steps: int, repeats: int) -> dict[str, np.ndarray]:
     start = space.coordinates(full=True)
     solver = Gradient(Problem(start.start, start.lower, start.upper, 1000), config.gradient_options())
     with tempfile.TemporaryDirectory() as folder:
-        loop = Loop(config, Store(Path(folder)), Silence(), objective)
-        loop.try_seeds()
+        loop = Loop(config, Store(Path(folder)), Silence(), solver, 1000, config.chunk)
+        while not loop.evaluation:
+            ours(loop, objective)
         works: dict[str, Callable[[], None]] = {
             "floor": lambda: plain_loop(objective, solver.ask(), steps, False),
-            "ours": lambda: ours(loop, solver),
+            "ours": lambda: ours(loop, objective),
             "notebook": lambda: plain_loop(objective, solver.ask(), steps, True),
         }
         times: dict[str, list[float]] = {name: [] for name in works}

@@ -9,9 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["BadInput", "Result", "RunFailed", "compare", "optimize", "resume", "reward"]
+__all__ = ["BadInput", "Result", "RunFailed", "compare", "load_conditioning", "optimize", "resume", "reward"]
 
 if TYPE_CHECKING:
+    from ipgo_opt.artefact import load_conditioning
     from ipgo_opt.comparison import compare
     from ipgo_opt.errors import BadInput, RunFailed
     from ipgo_opt.rewards.custom import reward
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 HOMES = {
     "optimize": "run", "resume": "run", "Result": "run", "BadInput": "errors", "RunFailed": "errors",
     "compare": "comparison", "reward": "rewards.custom",
+    "load_conditioning": "artefact",
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ipgo_opt import __version__
-from ipgo_opt.config import MODEL_DEFAULTS, PIPELINES_OWN, RunConfig
+from ipgo_opt.config import MODEL_DEFAULTS, MOST_STRENGTH, PIPELINES_OWN, RunConfig
 from ipgo_opt.errors import BadInput, IpgoError
 
 app = typer.Typer(
@@ -78,12 +78,14 @@ SETTINGS: dict[str, tuple[Any, Any]] = {
     "spread": (float, _option("Z starts within this bound.", "--spread")),
     "rotation": (bool, _option("Rotate the tokens.", "--rotation/--no-rotation", setting="rotation")),
     "constraints": (str, _option("Of value, conformity and orthonormality, or none.", "--constraints")),
+    "attend": (bool, _option("Let the tokens attend to the prompt first (IPGO+).", "--attend")),
     "learning_rate": (float, _option("Adam's step size.", "--learning-rate", "--lr", setting="learning_rate")),
     "decay": (float, _option("Factor on the learning rate.", "--decay")),
     "decay_every": (int, _option("Updates between two decays.", "--decay-every")),
     "max_grad_norm": (float, _option("Gradient clipping.", "--max-grad-norm")),
     "batch_size": (int, _option("Candidates per step.", "--batch-size")),
     "chunk": (int, _option("Most images per pipeline call.", "--chunk")),
+    "patience": (int, _option("Evaluations without a better one after which to stop; 0: never.", "--patience")),
     "device": (str, _option("auto, cpu, cuda, cuda:1, mps.", "--device")),
     "dtype": (str, _option("auto, float32, float16, bfloat16.", "--dtype")),
     "memory": (str, _option("Memory levers, separated by commas: see docs/models.md.", "--memory")),
@@ -116,7 +118,30 @@ def _with_settings(*left_out: str) -> Callable[[Callable[..., None]], Callable[.
 @app.command()
 @_with_settings()
 def run(
-    prompt: Annotated[str, typer.Argument(help="What the image should show.")],
+    prompt: Annotated[str | None, typer.Argument(help="What the image should show.", show_default=False)] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="Many prompts instead: a text, CSV, JSON or JSONL file (FILE:COLUMN), or a set in the package."
+        ),
+    ] = None,
+    shared: Annotated[
+        bool, typer.Option("--shared", help="Learn one set of tokens for all prompts, not one for each.")
+    ] = False,
+    validation: Annotated[
+        str | None, typer.Option(help="With --shared: prompts to choose by. [default: every tenth]", show_default=False)
+    ] = None,
+    prompt_batch: Annotated[
+        int | None, typer.Option(help="With --shared: prompts per update. [default: 4]", show_default=False)
+    ] = None,
+    validate_every: Annotated[
+        int | None,
+        typer.Option(help="With --shared: updates between validations. [default: an epoch]", show_default=False),
+    ] = None,
+    judge_tolerance: Annotated[
+        float | None,
+        typer.Option(help="With --shared: share by which the judge may fall. [default: 0.1]", show_default=False),
+    ] = None,
     strategy: Annotated[str | None, STRATEGY] = None,
     method: Annotated[
         str | None, typer.Option(help="A published method, which sets space, strategy and more: see `list methods`.")
@@ -127,17 +152,36 @@ def run(
     as_json: Json = False,
     **settings: Any,
 ) -> None:
-    """Searches for a better image of PROMPT."""
-    from ipgo_opt.config import configure
+    """Searches for a better image of PROMPT, or of many prompts."""
+    from ipgo_opt.config import configure, configure_each
     from ipgo_opt.methods import method_settings
+    from ipgo_opt.prompt_files import read_prompts
 
-    given = {name: value for name, value in (settings | {"strategy": strategy}).items() if value is not None}
+    own = {"prompt_batch": prompt_batch, "validate_every": validate_every, "judge_tolerance": judge_tolerance}
+    if not shared:
+        for name, value in {"validation": validation, **own}.items():
+            if value is not None:
+                raise BadInput(f"--{name.replace('_', '-')} goes with --shared, but got {value!r} without it.")
+    if (prompt is None) == (prompts is None):
+        raise BadInput("give a prompt, or several with --prompts FILE.")
+    if shared and prompts is None:
+        raise BadInput(f"--shared needs several prompts (--prompts FILE), but got the prompt {prompt!r}.")
+    given = {name: value for name, value in (settings | own | {"strategy": strategy}).items() if value is not None}
     if method is not None:
         given = method_settings(method) | given
-    configure(prompt, **given)  # complain before a directory is chosen, and before torch is imported
+    found = None if prompts is None else read_prompts(prompts)
+    if validation is not None:
+        given["validation"] = read_prompts(validation)
+    what: dict[str, Any] = {"prompt": prompt} if found is None else {"prompts": found, "shared": shared}
+    # complain before a directory is chosen, and before torch is imported
+    if shared:
+        configure(prompts or "", **what, **given)
+    else:
+        configure_each([prompt or ""] if found is None else found, **given)
     from ipgo_opt.run import optimize
 
-    _show(lambda reporter: optimize(prompt, out=out or _fresh_folder(prompt), reporter=reporter, **given), as_json)
+    folder = out or _fresh_folder(prompt or Path(prompts or "").stem)
+    _show(lambda reporter: optimize(**what, out=folder, reporter=reporter, **given), as_json)
 
 
 @app.command()
@@ -329,10 +373,129 @@ def _show(work: Any, as_json: bool) -> None:
         result = work(display)
     finally:
         display.stop()
+    results = result if isinstance(result, list) else [result]
     if as_json:
-        print(json.dumps(result.summary, ensure_ascii=False))
+        found = [one.summary for one in results]
+        print(json.dumps(found if isinstance(result, list) else found[0], ensure_ascii=False))
     elif not display.history:
-        display.finished(result.summary)
+        for one in results:
+            display.finished(one.summary)
+
+
+@app.command()
+def apply(
+    source: Annotated[Path, typer.Argument(help="A run directory or a conditioning file.", metavar="DIR|FILE")],
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="What the image should show; may be repeated.")
+    ] = None,
+    prompts: Annotated[str | None, typer.Option(help="More of them: a file or a set, as `run` takes it.")] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds of the noise: 3, 0-7 or 0,2,5.")] = "0",
+    strength: Annotated[str, typer.Option(help="Factor on the inserted tokens, 0 to 1.5; several with commas.")] = "1",
+    reward: Annotated[str | None, typer.Option(help="Score the images with this reward.")] = None,
+    judge: Annotated[str | None, typer.Option(help="A second opinion: judge, or a reward.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Another copy of the model that the tokens were learned on.")
+    ] = None,
+    picture: Annotated[bool, typer.Option("--grid", help="Write grid.png: raw beside every strength.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Where images go. [default: runs/apply-PROMPT-N]", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Makes images of new prompts without and with learned tokens."""
+    from ipgo_opt.prompt_files import read_prompts
+
+    texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
+    if not texts:
+        raise BadInput("give at least one --prompt, or --prompts FILE.")
+    numbers, factors = _numbers(seeds), _factors(strength)
+    from ipgo_opt.apply import apply as apply_tokens
+    from ipgo_opt.display import show_applied
+
+    folder = out or _fresh_folder(f"apply-{texts[0]}")
+    made = apply_tokens(
+        source, texts, seeds=numbers, strengths=factors, reward=reward, judge=judge, model=model, out=folder,
+        picture=picture,
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(made | {"out": str(folder)}, ensure_ascii=False))
+    else:
+        show_applied(made, folder)
+
+
+def _numbers(text: str) -> list[int]:
+    """The seeds that 3, 0-7 or 0,2,5-6 stands for."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise BadInput(f"seeds must be numbers and ranges such as 0-7 or 0,2,5, but got {text!r}.")
+        found += range(int(first), int(last if dash else first) + 1)
+    if not found:
+        raise BadInput(f"seeds must name one at least, but got {text!r}.")
+    return found
+
+
+def _factors(text: str) -> list[float]:
+    """Strengths between commas, in range."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise BadInput(f"strength must be a number, or several with commas, but got {text!r}.") from None
+    for value in found:
+        if not 0 <= value <= MOST_STRENGTH:
+            raise BadInput(f"`0 <= strength <= {MOST_STRENGTH}` must hold, but got strength={value}.")
+    return found
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="A run directory.")], as_json: Json = False) -> None:
+    """Makes the best image of a run again from its conditioning file. Exit code 1 if it is another one."""
+    from ipgo_opt.verify import verify as verify_run
+
+    found = verify_run(folder)
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False))
+    else:
+        print("the same, pixel for pixel" if found["same"] else
+              f"not the same: {found['different_pixels']} pixels differ, by up to {found['largest_difference']} of 255")  # fmt: skip
+        for name, versions in found["versions"].items():
+            print(f"{name} was {versions['then']} then and is {versions['now']} now")
+    if not found["same"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def show(
+    folder: Annotated[Path, typer.Argument(help="A run directory.")],
+    words: Annotated[int, typer.Option(help="Words of the model's vocabulary to compare with.")] = 512,
+    nearest: Annotated[int, typer.Option(help="Words to name for each token.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Shows which words the learned tokens are near to, their norms and angles, and how the reward went."""
+    from ipgo_opt.reading import read_tokens
+
+    found = read_tokens(folder, words=words, nearest=nearest)
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    from ipgo_opt.display import show_tokens
+
+    show_tokens(found)
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="A run directory or a conditioning file.", metavar="DIR|FILE")],
+    comfyui: Annotated[
+        Path, typer.Option(help="File to write for ComfyUI (.safetensors); the negative half goes beside it.")
+    ],
+) -> None:
+    """Writes the conditioning of a run for another tool."""
+    from ipgo_opt.artefact import load_conditioning, write_comfyui
+
+    for path in write_comfyui(load_conditioning(source), comfyui):
+        print(path)
 
 
 @app.command(name="list")

@@ -27,6 +27,7 @@ import numpy as np
 
 from ipgo_opt.config import RunConfig, configure
 from ipgo_opt.errors import BadInput
+from ipgo_opt.grid import grid
 from ipgo_opt.methods import METHODS
 from ipgo_opt.run import Result, Silence, optimize, resume
 from ipgo_opt.spaces import SPACES
@@ -365,27 +366,15 @@ def plot(entries: list[dict[str, Any]], strategies: Sequence[str], budget: int, 
 
 def sheet(cells: Sequence[Cell], strategies: Sequence[str], store: Store) -> None:
     """sheet.png: the first repeat's raw image and every solver's best one, a row for each prompt."""
-    from PIL import Image, ImageDraw
+    from PIL import Image
 
     first = [cell for cell in cells if cell.repeat == 0]
     prompts = list(dict.fromkeys(cell.prompt for cell in first))
-    with Image.open(first[0].folder / "raw.png") as image:
-        side = max(128, image.width)
-    side, line = min(side, 384), 16
-    columns = ["raw", *strategies]
-    canvas = Image.new("RGB", (len(columns) * (side + 6), len(prompts) * (side + line + 8) + line), "white")
-    draw = ImageDraw.Draw(canvas)
-    for column, name in enumerate(columns):
-        draw.text((column * (side + 6) + 2, 2), name, fill="black")
-    for row, prompt in enumerate(prompts):
-        top = line + row * (side + line + 8)
-        draw.text((2, top), prompt, fill="black")
-        own = {cell.solver: cell for cell in first if cell.prompt == prompt}
-        for column, name in enumerate(columns):
-            path = own[strategies[0]].folder / "raw.png" if name == "raw" else own[name].folder / "best.png"
-            with Image.open(path) as image:
-                tile = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
-            canvas.paste(tile, (column * (side + 6), top + line))
+    rows = []
+    for prompt in prompts:
+        own = {cell.solver: cell.folder for cell in first if cell.prompt == prompt}
+        paths = [own[strategies[0]] / "raw.png", *(own[name] / "best.png" for name in strategies)]
+        rows.append([Image.open(path) for path in paths])
     buffer = io.BytesIO()
-    canvas.save(buffer, "PNG")
+    grid(rows, ["raw", *strategies], prompts).save(buffer, "PNG")
     store.write_bytes("sheet.png", buffer.getvalue())

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+SINGLE = ("prompt_embeds", "negative_prompt_embeds", "mask", "negative_mask")
+"""The tensors that are no part of `extra`."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,32 @@ class Conditioning:
         return self.map(lambda tensor: tensor.repeat_interleave(times, 0))
 
     def expand(self, size: int) -> Conditioning:
-        """A batch of one, as a batch of `size` (no memory is copied)."""
+        """A batch of one, as a batch of `size` (no memory is copied); a multiple of `size` rows stay as they are."""
+        if len(self) > 1 and len(self) % size == 0:
+            return self
         return self.map(lambda tensor: tensor.expand(size, *tensor.shape[1:]))
+
+    @classmethod
+    def stack(cls, parts: Sequence[Conditioning]) -> Conditioning:
+        """The rows of several conditionings of the same `shapes` in one batch."""
+        tensors = [part.tensors() for part in parts]
+        joined: dict[str, Any] = {name: torch.cat([one[name] for one in tensors]) for name in tensors[0]}
+        extra = {name: joined.pop(name) for name in parts[0].extra}
+        return replace(parts[0], extra=extra, **joined)
+
+    @property
+    def shapes(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Name and shape, without the batch, of every tensor: what two conditionings must share to be one batch."""
+        return tuple((name, tuple(tensor.shape[1:])) for name, tensor in self.tensors().items())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name, those of `extra` last."""
+        own = {name: getattr(self, name) for name in SINGLE}
+        return {name: tensor for name, tensor in own.items() if tensor is not None} | self.extra
 
     def map(self, function) -> Conditioning:  # type: ignore[no-untyped-def]
         """Applies `function` to every tensor."""
-        single = ("prompt_embeds", "negative_prompt_embeds", "mask", "negative_mask")
-        present = {name: getattr(self, name) for name in single if getattr(self, name) is not None}
+        present = {name: getattr(self, name) for name in SINGLE if getattr(self, name) is not None}
         return replace(
             self,
             extra={name: function(tensor) for name, tensor in self.extra.items()},

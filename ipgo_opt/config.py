@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,11 @@ FIRST_HELD_OUT_SEED = 10_000_000
 
 CONSTRAINTS = ("value", "conformity", "orthonormality")
 """The constraints of the paper on the tokens (section 4.2)."""
+FIRST_VALIDATION_SEED = 9_000_000
+"""Seeds from here on are those of validation prompts; the training of shared tokens uses smaller ones."""
+
+MOST_STRENGTH = 1.5
+"""Largest factor on learned tokens when they are applied; the smallest is 0."""
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -69,9 +75,19 @@ class RunConfig:
         rotation: whether the tokens are rotated by R1 and R2.
         constraints: which of the paper's constraints hold, of "value", "conformity" and "orthonormality", separated by
             commas, or "none".
+        attend: whether the tokens attend to the prompt before they are inserted (IPGO+).
         learning_rate, decay, decay_every, max_grad_norm: Adam's schedule and clipping.
         batch_size: candidates per step of a black-box strategy.
         chunk: most images per pipeline call.
+        patience: evaluations (of shared tokens: validations) in a row without a better one after which a search stops;
+            0 for never.
+        shared: whether one set of tokens is learned for all of `prompts`; `prompt` is then a title.
+        prompts: what shared tokens are trained on, () otherwise.
+        validation: prompts that shared tokens are chosen by.
+        judge_tolerance: share by which the judge may fall on the validation prompts, below the raw prompts', for shared
+            tokens to count as better; 1 for any.
+        prompt_batch: prompts per update of shared tokens.
+        validate_every: updates between two validations of shared tokens; 0 for an epoch.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         dtype: "auto" (float32 on the CPU, float16 elsewhere) or one of float32, float16, bfloat16.
         memory: levers that save memory, separated by commas: see models/memory.py.
@@ -112,12 +128,20 @@ class RunConfig:
     spread: float = 1.0
     rotation: bool = True
     constraints: str = ",".join(CONSTRAINTS)
+    attend: bool = False
     learning_rate: float = 1e-3
     decay: float = 0.9
     decay_every: int = 10
     max_grad_norm: float = 1.0
     batch_size: int = 1
     chunk: int = 8
+    patience: int = 0
+    shared: bool = False
+    prompts: Sequence[str] = ()
+    validation: Sequence[str] = ()
+    judge_tolerance: float = 1.0
+    prompt_batch: int = 4
+    validate_every: int = 0
     device: str = "auto"
     dtype: str = "auto"
     memory: str = ""
@@ -144,14 +168,29 @@ class RunConfig:
         left_over = max(0, self.budget - tried) % (self.search_seeds * self.batch_size)
         return tried + left_over * (self.seed_share > 0)
 
+    @property
+    def epoch_updates(self) -> int:
+        """Updates of shared tokens between two validations."""
+        return self.validate_every or math.ceil(len(self.prompts) / self.prompt_batch)
+
+    @property
+    def schedule(self) -> tuple[str, ...]:
+        """The evaluations of shared tokens that the budget pays for: "validate" first and last, "update" between."""
+        update, validate = self.prompt_batch * self.batch_size, len(self.validation)
+        updates, left = self.epoch_updates, self.budget - validate
+        rounds, rest = divmod(left, updates * update + validate)
+        last = max(0, rest - validate) // update
+        out = ["validate", *(["update"] * updates + ["validate"]) * rounds]
+        return tuple(out + (["update"] * last + ["validate"] if last else []))
+
     def token_shape(self) -> TokenShape:
         """The shape of the token space."""
         from ipgo_opt.spaces.tokens import TokenShape
 
         kept = self.kept_constraints()
         return TokenShape(
-            self.prefix, self.suffix, self.basis_size, self.layout, self.scale, self.spread, self.rotation,
-            orthonormal="orthonormality" in kept, bounded="value" in kept,
+            self.prefix, self.suffix, self.basis_size, self.layout, self.scale, self.spread, self.attend,
+            self.rotation, orthonormal="orthonormality" in kept, bounded="value" in kept,
         )  # fmt: skip
 
     def kept_constraints(self) -> set[str]:
@@ -220,6 +259,18 @@ BLACK_BOX_DEFAULTS: dict[str, Any] = {
 """What a strategy without gradients wants on every model: few coordinates that are worth searching (32 and 4 angles),
 candidates in batches, and a third of the budget for the seed, the strongest coordinate of all (docs/blackbox.md)."""
 
+SHARED_DEFAULTS: dict[str, Any] = {
+    "search_seeds": 1, "seed_share": 0.0, "decay": 1.0, "held_out": 1, "patience": 5, "judge_tolerance": 0.1,
+}  # fmt: skip
+"""What shared tokens want on every model: the paper's constant learning rate, a seed of its own for each image, and an
+end when the validation prompts gain no more or lose what they show (a reward that is climbed for long is hacked)."""
+
+EPOCHS = 20
+"""Passes over the training prompts of shared tokens that the default budget pays for (arXiv 2503.21812, section 5)."""
+
+MOST_VALIDATION = 12
+"""Prompts that are kept apart for validation at most, if none are given: one of ten."""
+
 BLACK_BOX_SCALES = {"emoji": 4.0}
 """Factor on the tokens for black boxes, by model: the states of its text encoder are that large."""
 
@@ -263,15 +314,61 @@ def configure(prompt: str, **given: Any) -> RunConfig:
         defaults |= {"strategy": "random", "search_seeds": 1, "seed_share": 1.0}
     elif chosen.get("strategy", "gradient") != "gradient":
         defaults |= BLACK_BOX_DEFAULTS | {"scale": BLACK_BOX_SCALES.get(model, 1.0)}
+    if chosen.get("shared"):
+        defaults |= SHARED_DEFAULTS
+        defaults.pop("budget", None)
+        chosen |= _split(chosen)
     config = RunConfig(prompt, **(defaults | chosen))
+    if config.shared and "budget" not in chosen:
+        config = dataclasses.replace(config, budget=_epochs(config, EPOCHS))
     whole = isinstance(config.budget, int) and isinstance(config.search_seeds, int)
-    if "search_seeds" not in chosen and whole:  # a small budget has fewer seeds
+    if "search_seeds" not in chosen and whole and not config.shared:  # a small budget has fewer seeds
         config = dataclasses.replace(config, search_seeds=max(1, min(config.search_seeds, config.budget // 4)))
-    if "batch_size" not in chosen and whole and config.search_seeds > 0:  # a small budget has small batches
+    if (
+        "batch_size" not in chosen and whole and config.search_seeds > 0 and not config.shared
+    ):  # a small budget has small batches
         room = config.budget // config.search_seeds - 1
         config = dataclasses.replace(config, batch_size=max(1, min(config.batch_size, room // 2)))
     check(config)
     return config
+
+
+def title(prompts: Sequence[str]) -> str:
+    """What many prompts are called."""
+    return f"{len(prompts)} prompts"
+
+
+def configure_each(prompts: Sequence[str], **given: Any) -> list[RunConfig]:
+    """`configure` for prompts that are optimized on their own with the same settings."""
+    if not prompts:
+        raise BadInput("at least one prompt is needed.")
+    return [configure(prompt, **given) for prompt in prompts]
+
+
+def _split(given: dict[str, Any]) -> dict[str, Any]:
+    """Training and validation prompts of shared tokens: if none are given for validation, every tenth is kept apart."""
+    prompts = list(dict.fromkeys(given.get("prompts") or ()))
+    if given.get("validation"):
+        validation = list(dict.fromkeys(given["validation"]))
+    else:
+        validation = prompts[:: max(10, math.ceil(len(prompts) / MOST_VALIDATION))]
+        prompts = [prompt for prompt in prompts if prompt not in validation]
+    if not prompts or not validation:
+        raise BadInput(
+            f"shared tokens need prompts to train on and others to validate on, but got {len(prompts)} and "
+            f"{len(validation)}."
+        )
+    both = sorted(set(prompts) & set(validation))
+    if both:
+        raise BadInput(f"no prompt may be trained on and validated on, but got {both[0]!r} in both.")
+    return {"prompts": prompts, "validation": validation}
+
+
+def _epochs(config: RunConfig, epochs: int) -> int:
+    """Images of that many epochs of shared tokens, validations included."""
+    updates = math.ceil(len(config.prompts) / config.prompt_batch) * epochs
+    validations = 1 + math.ceil(updates / config.epoch_updates)
+    return updates * config.prompt_batch * config.batch_size + validations * len(config.validation)
 
 
 def _whole(config: RunConfig, **least: int) -> None:
@@ -289,7 +386,8 @@ def check(config: RunConfig) -> ModelSource:
         raise BadInput(f"the prompt must not be empty, but got {config.prompt!r}.")
     _whole(
         config, budget=1, seed=0, search_seeds=1, held_out=0, num_inference_steps=1, height=0, width=0, grad_steps=1,
-        prefix=0, suffix=0, basis_size=1, decay_every=1, batch_size=1, chunk=1,
+        prefix=0, suffix=0, basis_size=1, decay_every=1, batch_size=1, chunk=1, patience=0, prompt_batch=1,
+        validate_every=0,
     )  # fmt: skip
     for name in (
         "guidance_scale",
@@ -301,6 +399,7 @@ def check(config: RunConfig) -> ModelSource:
         "learning_rate",
         "decay",
         "max_grad_norm",
+        "judge_tolerance",
     ):
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
@@ -313,7 +412,9 @@ def check(config: RunConfig) -> ModelSource:
             f"seed={config.seed} and {config.tried_seeds} seeds to try."
         )
     step = config.search_seeds * config.batch_size * (config.seed_share < 1)
-    if config.budget < config.tried_seeds + step:
+    if config.shared:
+        check_shared(config)
+    elif config.budget < config.tried_seeds + step:
         raise BadInput(
             f"budget must pay for the raw prompt on {config.tried_seeds} seeds and one step, "
             f"{config.tried_seeds + step} images, but got budget={config.budget}."
@@ -361,6 +462,27 @@ def check(config: RunConfig) -> ModelSource:
         if not hasattr(getattr(diffusers, config.scheduler, None), "set_timesteps"):
             raise BadInput(f"scheduler must be a scheduler class of diffusers, but got {config.scheduler!r}.")
     return source
+
+
+def check_shared(config: RunConfig) -> None:
+    """Raises BadInput unless shared tokens can be trained as configured."""
+    if config.space == "seeds":
+        raise BadInput("the space of seeds has nothing that prompts could share.")
+    if config.search_seeds != 1 or config.seed_share:
+        raise BadInput(
+            f"shared tokens see each prompt on a seed of its own (search_seeds 1, seed_share 0), but got "
+            f"search_seeds={config.search_seeds}, seed_share={config.seed_share}."
+        )
+    if "update" not in config.schedule:
+        least = 2 * len(config.validation) + config.prompt_batch * config.batch_size
+        raise BadInput(
+            f"budget must pay for two validations and one update, {least} images, but got budget={config.budget}."
+        )
+    if config.seed + config.budget > FIRST_VALIDATION_SEED:
+        raise BadInput(
+            f"training seeds must be below {FIRST_VALIDATION_SEED}, but got seed={config.seed} and "
+            f"budget={config.budget}."
+        )
 
 
 def check_judge(judge: str, reward: str, embedded: bool) -> list[str]:

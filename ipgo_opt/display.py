@@ -52,13 +52,14 @@ class Display:
         self.history: list[dict[str, Any]] = []
         self.printed = 0.0
 
-    def started(self, config: RunConfig, out: Path, history: list[dict[str, Any]]) -> None:
+    def started(self, config: RunConfig, out: Path, history: list[dict[str, Any]], runs: int = 1) -> None:
         """Shows what is run and opens the live panel."""
-        self.config, self.history = config, list(history)
+        self.history = list(history)
+        self.total = config.budget * runs
         again = f", continued after {len(history)} images" if history else ""
         self.console.print(
             f"{config.prompt!r}: {config.space} × {config.strategy} on {config.model}, reward {shown(config.reward)}, "
-            f"{config.budget} images{again}",
+            f"{self.total} images{again}",
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
         if not self.console.is_terminal:
@@ -67,7 +68,7 @@ class Display:
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
             console=self.console,
         )  # fmt: skip
-        self.task: TaskID = self.progress.add_task("search", total=config.budget, completed=len(history))
+        self.task: TaskID = self.progress.add_task("search", total=self.total, completed=len(history))
         self.live = Live(self._panel(), console=self.console, refresh_per_second=8, transient=True)
         self.live.start()
 
@@ -93,10 +94,10 @@ class Display:
         if self.live is not None:
             self.progress.update(self.task, completed=len(self.history))
             self.live.update(self._panel())
-        elif time.monotonic() - self.printed > 2 or len(self.history) in (1, self.config.budget):
+        elif time.monotonic() - self.printed > 2 or len(self.history) in (1, self.total):
             self.printed = time.monotonic()
             self.console.print(
-                f"image {len(self.history)}/{self.config.budget}  reward {_number(record['reward'])}  "
+                f"image {len(self.history)}/{self.total}  reward {_number(record['reward'])}  "
                 f"best {_number(record['best'])}  judge {_number(record['judge'])}  {record['seconds']:.0f} s",
                 highlight=False,
             )
@@ -143,6 +144,42 @@ class Display:
                 "look at the image, the reward may have been hacked.",
                 style="yellow", highlight=False,
             )  # fmt: skip
+
+
+def show_applied(made: dict[str, Any], folder: Path, console: Console | None = None) -> None:
+    """Scores of applied tokens beside the raw prompts', and where the images are."""
+    console = console or Console(stderr=True)
+    table = Table(box=None, pad_edge=False)
+    for column in ("strength", "", "raw", "with the tokens", "difference [95 %]"):
+        table.add_column(column, justify="left" if column in ("strength", "") else "right")
+    for entry in made["differences"]:
+        for name in ("reward", "judge"):
+            if name in entry:
+                row = (_number(entry[name]["raw"]), _number(entry[name]["mean"]), difference(entry[name]["difference"]))
+                table.add_row(f"{entry['strength']:g}", f"{name} {made[name]}", *row)
+    if table.row_count:
+        console.print(table)
+    console.print(f"{len(made['images'])} images in {folder}", highlight=False, markup=False, soft_wrap=True)
+
+
+def show_tokens(found: dict[str, Any], console: Console | None = None) -> None:
+    """What `reading.read_tokens` found."""
+    console = console or Console()
+    table = Table(
+        title=f"tokens of {found['prompt']!r} (a word's norm: {found['word_norm']:.2f})", title_justify="left"
+    )
+    for column in ("token", "norm", "θ1", "θ2", "nearest words (similarity)"):
+        table.add_column(column, justify="left" if column[0] in "tn" and column != "norm" else "right")
+    for token in found["tokens"]:
+        angles = found["angles"][token["side"]]
+        own = [angle[token["place"] if len(angle) > 1 else 0] for angle in (angles["theta1"], angles["theta2"])]
+        near = ", ".join(f"{one['word']} ({one['similarity']:.2f})" for one in token["nearest"])
+        table.add_row(
+            f"{token['side']} {token['place'] + 1}", f"{token['norm']:.2f}", *(f"{a:+.3f}" for a in own), near
+        )
+    console.print(table)
+    console.print(f"conformity penalty {found['conformity']:.4f}", highlight=False)
+    console.print(Text(sparkline(found["rewards"]), style="green"))
 
 
 class Comparison:

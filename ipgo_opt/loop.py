@@ -1,18 +1,25 @@
-"""The search: seeds first, then ask, evaluate, tell, record, checkpoint. The one loop of every strategy and space."""
+"""The search: what is to be evaluated next, and what follows from what was found.
+
+A search says what it wants evaluated (`next`) and takes in what was found (`receive`); `drive` evaluates the wishes of
+one search or of many at once and leaves a checkpoint after every round. That is the one loop of every strategy, every
+space, one prompt and many.
+"""
 
 from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from ipgo_opt.config import RunConfig
+from ipgo_opt.config import FIRST_HELD_OUT_SEED, RunConfig
 from ipgo_opt.errors import RunFailed
-from ipgo_opt.objective import Evaluation, Objective
+from ipgo_opt.objective import Evaluation, Objective, Request
 from ipgo_opt.store import Store
 from ipgo_opt.strategies.base import Strategy
 
@@ -23,8 +30,8 @@ MOST_FAILURES = 10
 class Reporter(Protocol):
     """Is told what happens; the command line's display is one."""
 
-    def started(self, config: RunConfig, out: Path, history: list[dict[str, Any]]) -> None:
-        """The search begins or goes on after `history`."""
+    def started(self, config: RunConfig, out: Path, history: list[dict[str, Any]], runs: int = 1) -> None:
+        """The search begins or goes on after `history`; `runs` searches like it go on in one pass."""
         ...
 
     def evaluated(self, record: dict[str, Any]) -> None:
@@ -49,107 +56,75 @@ def finite(value: Any) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-class Loop:
+class Search(ABC):
     """State of a search: what a checkpoint holds, and the files that go with it.
-
-    The raw prompt is evaluated on `config.tried_seeds` seeds first (evaluation 0); the `search_seeds` best of them are
-    the ones that every candidate is scored on from then on. Without a share for seeds these are the first ones.
 
     Args:
         config: the run's configuration.
         store: the run directory.
         reporter: is told what happens.
-        objective: evaluates.
+        strategy: who searches.
 
     Attributes:
-        seeds: the seeds that candidates are scored on; all that were tried until they are chosen.
-        raw_scores: the raw prompt's score on each seed tried, in order.
-        raw: mean score of the raw prompt on the first `search_seeds` seeds.
-        seed_reward: mean score of the raw prompt on the chosen seeds.
+        history: one record per evaluated image.
+        evaluation: number of the next evaluation; 0 is the raw prompt.
+        raw, seed_reward: mean score of the raw prompt before and after seeds were chosen.
         best, best_x: best mean score and its point; None is the raw prompt.
+        images, denoiser_calls: what the search has cost.
+        failed: why it was given up, or None.
+        held_out, judged: the verdict (verdict.py), once it was given.
 
     """
 
-    def __init__(self, config: RunConfig, store: Store, reporter: Reporter, objective: Objective) -> None:
-        self.config, self.store, self.reporter, self.objective = config, store, reporter, objective
+    KEPT: ClassVar[tuple[str, ...]] = (
+        "evaluation", "failures", "raw", "seed_reward", "best", "best_x", "worst", "seconds", "images",
+        "denoiser_calls",
+    )  # fmt: skip
+    """What a checkpoint holds besides the history and the strategy."""
+
+    def __init__(self, config: RunConfig, store: Store, reporter: Reporter, strategy: Strategy) -> None:
+        self.config, self.store, self.reporter, self.strategy = config, store, reporter, strategy
         self.history: list[dict[str, Any]] = []
-        self.raw_scores: list[float] = []
-        self.evaluation = self.failures = 0
+        self.evaluation = self.failures = self.images = self.denoiser_calls = 0
         self.seconds = 0.0
         self.raw = self.seed_reward = self.best = -math.inf
         self.worst = math.inf
         self.best_x: Tensor | None = None
+        self.failed: RunFailed | None = None
+        self.held_out: dict[str, Any] | None = None
+        self.judged: dict[str, Any] | None = None
         self.started = time.monotonic()
 
+    @abstractmethod
+    def next(self) -> Request | None:
+        """What is to be evaluated next, or None if the search is over."""
+
+    @abstractmethod
+    def receive(self, request: Request, made: Evaluation) -> None:
+        """Takes in what `next` asked for."""
+
+    @abstractmethod
+    def shown(self) -> tuple[str, int]:
+        """Prompt and seed of raw.png and best.png."""
+
+    @abstractmethod
+    def fresh(self) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
+        """Prompts, and fresh seeds for each, on which raw and best are compared in the end."""
+
+    @abstractmethod
+    def summary(self) -> dict[str, Any]:
+        """What results say of this kind of search beside what they say of all."""
+
     @property
-    def seeds(self) -> list[int]:
-        """The best `search_seeds` of the seeds tried, best first; in their order if there was no choice."""
-        S = self.config.search_seeds
-        order = range(len(self.raw_scores))
-        if self.config.tried_seeds > S:
-            return [self.config.seed + k for k in sorted(order, key=lambda k: -self.raw_scores[k])[:S]]
-        return [self.config.seed + k for k in order]
+    def elapsed(self) -> float:
+        """Seconds so far, those before a checkpoint was loaded included."""
+        return self.seconds + time.monotonic() - self.started
 
-    def search(self, strategy: Strategy, steps: int) -> None:
-        """Runs what is left of the search and leaves a checkpoint after every evaluation."""
-        while len(self.raw_scores) < self.config.tried_seeds:
-            self.try_seeds()
-            self.save(strategy)
-        while self.evaluation <= steps:
-            self.step(strategy)
-            self.save(strategy)
-
-    def save(self, strategy: Strategy) -> None:
-        """Leaves a checkpoint."""
-        self.store.save_checkpoint(self.state_dict() | {"strategy": strategy.state_dict()})
-
-    def step(self, strategy: Strategy) -> None:
-        """Asks, evaluates, records and tells."""
-        x = strategy.ask()
-        made = self.objective(x, self.seeds, gradient=strategy.uses_gradient)
-        self._record(x, made)
-        value, gradient = self._told(made)
-        strategy.tell(x, value, gradient)
-
-    def try_seeds(self) -> None:
-        """Evaluates the raw prompt on the next seeds; after the last ones, evaluation 0 is done."""
-        tried, S = len(self.raw_scores), self.config.search_seeds
-        first = self.config.seed + tried
-        last = self.config.seed + min(self.config.tried_seeds, tried + max(S, self.config.chunk))
-        seeds = list(range(first, last))
-        made = self.objective(None, seeds)
-        if not tried:
-            self.store.write_image("raw.png", made.images[0])
-        self.raw_scores += [score if math.isfinite(score) else -math.inf for score in made.scores[0].tolist()]
-        top = self.seeds[0] - first
-        if top >= 0:  # the best one so far is among these
-            self.store.write_image("best.png", made.images[top])
-        self.raw = math.fsum(self.raw_scores[:S]) / S
-        bests = [self._best_raw(max(S, tried + k + 1)) for k in range(len(seeds))]
-        self.best = self.seed_reward = bests[-1]
-        self._write(made, seeds, bests)
-        self.evaluation = int(len(self.raw_scores) == self.config.tried_seeds)
-
-    def _best_raw(self, tried: int) -> float:
-        """Mean score of the raw prompt on the best `search_seeds` of the first `tried` seeds."""
-        S = self.config.search_seeds
-        return math.fsum(sorted(self.raw_scores[:tried], reverse=True)[:S]) / S
-
-    def _record(self, x: Tensor, made: Evaluation) -> None:
-        """Keeps the best candidate and writes an evaluation to the history."""
-        bests = []
-        for k in range(len(made.scores)):
-            reward = float(made.scores[k].mean())
-            if math.isfinite(reward) and reward > self.best:
-                self.best, self.best_x = reward, x[k].clone()
-                self.store.write_image("best.png", made.images[k * len(self.seeds)])
-            bests += [self.best] * len(self.seeds)
-        self._write(made, self.seeds, bests)
-        self.evaluation += 1
-
-    def _write(self, made: Evaluation, seeds: list[int], bests: list[float]) -> None:
-        """A line for each image; `bests` holds the best reward after each."""
-        seconds = round(self.seconds + time.monotonic() - self.started, 3)
+    def write(self, request: Request, made: Evaluation, bests: Sequence[float], **more: Any) -> None:
+        """A line of the history for each image; `bests` holds the best reward after each."""
+        seconds = round(self.elapsed, 3)
+        prompts = [prompt for prompt, seeds in zip(request.prompts, request.seeds, strict=True) for _ in seeds]
+        seeds = [seed for own in request.seeds for seed in own]
         records: list[dict[str, Any]] = []
         for k in range(len(made.scores)):
             for s, seed in enumerate(seeds):
@@ -165,8 +140,9 @@ class Loop:
                     "best": finite(bests[k * len(seeds) + s]),
                     "seconds": seconds,
                 }
-                records.append(entry)
+                records.append(entry | ({"prompt": prompts[s], **more} if more else {}))
         self.failures = 0 if bool(made.scores.mean(1).isfinite().any()) else self.failures + 1
+        self.images, self.denoiser_calls = self.images + len(records), self.denoiser_calls + made.denoiser_calls
         self.history += records
         self.store.append_history(records)
         for entry in records:
@@ -174,8 +150,8 @@ class Loop:
         if self.failures >= MOST_FAILURES:
             raise RunFailed(f"the reward gave no finite score in {self.failures} evaluations in a row.")
 
-    def _told(self, made: Evaluation) -> tuple[Tensor, Tensor | None]:
-        """Values and gradients fit to be told: a failed evaluation counts as the worst value seen, without slope."""
+    def tell(self, x: Tensor, made: Evaluation) -> None:
+        """Tells the strategy; a failed evaluation counts as the worst value seen, without slope."""
         good = made.value.isfinite()
         if made.gradient is not None:
             good &= made.gradient.isfinite().all(1)
@@ -185,24 +161,149 @@ class Loop:
         gradient = made.gradient
         if gradient is not None:
             gradient = torch.where(good[:, None], gradient, torch.zeros_like(gradient))
-        return value, gradient
+        self.strategy.tell(x, value, gradient)
 
     def state_dict(self) -> dict[str, Any]:
         """What the next evaluation depends on."""
-        sampler = self.objective.sampler
-        return {
-            "lines": len(self.history), "evaluation": self.evaluation, "failures": self.failures,
-            "raw_scores": list(self.raw_scores), "raw": self.raw, "seed_reward": self.seed_reward,
-            "best": self.best, "best_x": self.best_x, "worst": self.worst,
-            "seconds": self.seconds + time.monotonic() - self.started,
-            "images": sampler.images, "denoiser_calls": sampler.denoiser_calls,
+        state = {name: getattr(self, name) for name in self.KEPT}
+        return state | {
+            "lines": len(self.history), "seconds": self.elapsed, "strategy": self.strategy.state_dict(),
+            "failed": None if self.failed is None else str(self.failed),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict` and cuts the history back to it."""
         self.history = self.store.cut_history(state["lines"])
-        for name in (
-            "evaluation", "failures", "raw_scores", "raw", "seed_reward", "best", "best_x", "worst", "seconds"
-        ):  # fmt: skip
-            setattr(self, name, state[name])
-        self.objective.sampler.images, self.objective.sampler.denoiser_calls = state["images"], state["denoiser_calls"]
+        for name in self.KEPT:
+            setattr(self, name, state.get(name, getattr(self, name)))  # earlier versions kept less
+        self.failed = RunFailed(state["failed"]) if state.get("failed") else None
+        self.strategy.load_state_dict(state["strategy"])
+
+
+class Loop(Search):
+    """The search for one prompt.
+
+    The raw prompt is evaluated on `config.tried_seeds` seeds first (evaluation 0); the `search_seeds` best of them are
+    the ones that every candidate is scored on from then on. Without a share for seeds these are the first ones.
+
+    Args:
+        config: the run's configuration.
+        store: the run directory.
+        reporter: is told what happens.
+        strategy: who searches.
+        steps: evaluations after the raw prompt's.
+        room: images that one evaluation of the raw prompt may have beyond `search_seeds`.
+
+    Attributes:
+        seeds: the seeds that candidates are scored on; all that were tried until they are chosen.
+        raw_scores: the raw prompt's score on each seed tried, in order.
+
+    """
+
+    KEPT: ClassVar[tuple[str, ...]] = (*Search.KEPT, "raw_scores", "stale")
+
+    def __init__(
+        self, config: RunConfig, store: Store, reporter: Reporter, strategy: Strategy, steps: int, room: int
+    ) -> None:
+        super().__init__(config, store, reporter, strategy)
+        self.steps, self.room = steps, room
+        self.raw_scores: list[float] = []
+        self.stale = 0
+
+    @property
+    def seeds(self) -> list[int]:
+        """The best `search_seeds` of the seeds tried, best first; in their order if there was no choice."""
+        S = self.config.search_seeds
+        order = range(len(self.raw_scores))
+        if self.config.tried_seeds > S:
+            return [self.config.seed + k for k in sorted(order, key=lambda k: -self.raw_scores[k])[:S]]
+        return [self.config.seed + k for k in order]
+
+    def next(self) -> Request | None:
+        """The raw prompt on the next seeds, then candidates on the chosen ones."""
+        tried, most, prompts = len(self.raw_scores), self.config.tried_seeds, (self.config.prompt,)
+        if tried < most:
+            last = min(most, tried + max(self.config.search_seeds, self.room))
+            return Request(None, prompts, (tuple(self.config.seed + k for k in range(tried, last)),))
+        if self.evaluation > self.steps or 0 < self.config.patience <= self.stale:
+            return None
+        return Request(self.strategy.ask(), prompts, (tuple(self.seeds),), self.strategy.uses_gradient)
+
+    def receive(self, request: Request, made: Evaluation) -> None:
+        """Keeps the best and writes the history."""
+        if request.x is None:
+            self._tried(request, made)
+        else:
+            self._found(request.x, request, made)
+
+    def _tried(self, request: Request, made: Evaluation) -> None:
+        """The raw prompt on further seeds; after the last ones, evaluation 0 is done."""
+        assert made.images is not None
+        tried, S, seeds = len(self.raw_scores), self.config.search_seeds, request.seeds[0]
+        if not tried:
+            self.store.write_image("raw.png", made.images[0])
+        self.raw_scores += [score if math.isfinite(score) else -math.inf for score in made.scores[0].tolist()]
+        top = self.seeds[0] - seeds[0]
+        if top >= 0:  # the best one so far is among these
+            self.store.write_image("best.png", made.images[top])
+        self.raw = math.fsum(self.raw_scores[:S]) / S
+        bests = [self._best_raw(max(S, tried + k + 1)) for k in range(len(seeds))]
+        self.best = self.seed_reward = bests[-1]
+        self.write(request, made, bests)
+        self.evaluation = int(len(self.raw_scores) == self.config.tried_seeds)
+
+    def _best_raw(self, tried: int) -> float:
+        """Mean score of the raw prompt on the best `search_seeds` of the first `tried` seeds."""
+        S = self.config.search_seeds
+        return math.fsum(sorted(self.raw_scores[:tried], reverse=True)[:S]) / S
+
+    def _found(self, x: Tensor, request: Request, made: Evaluation) -> None:
+        """Candidates on the chosen seeds."""
+        assert made.images is not None
+        bests, self.stale = [], self.stale + 1
+        for k in range(len(made.scores)):
+            reward = float(made.scores[k].mean())
+            if math.isfinite(reward) and reward > self.best:
+                self.best, self.best_x, self.stale = reward, x[k].clone(), 0
+                self.store.write_image("best.png", made.images[k * len(self.seeds)])
+            bests += [self.best] * len(self.seeds)
+        self.write(request, made, bests)
+        self.evaluation += 1
+        self.tell(x, made)
+
+    def shown(self) -> tuple[str, int]:
+        """The prompt on the best of the chosen seeds (raw.png is on the first one tried)."""
+        return self.config.prompt, self.seeds[0]
+
+    def fresh(self) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
+        """The prompt on seeds that no search uses."""
+        return (self.config.prompt,), (tuple(FIRST_HELD_OUT_SEED + i for i in range(self.config.held_out)),)
+
+    def summary(self) -> dict[str, Any]:
+        """The chosen seeds."""
+        return {"seeds": self.seeds}
+
+
+def drive(searches: Sequence[Search], objective: Objective, save: Callable[[], None], *, lenient: bool = False) -> None:
+    """Runs what is left of the searches, all in one pass: a round evaluates the next wish of each.
+
+    Args:
+        searches: that share the objective's model, reward and space.
+        objective: evaluates.
+        save: leaves a checkpoint of all of them.
+        lenient: whether a search that fails is left out from then on, instead of ending all.
+
+    """
+    while True:
+        wishes = [(search, search.next()) for search in searches if search.failed is None]
+        asked = [(search, request) for search, request in wishes if request is not None]
+        if not asked:
+            return
+        for (search, request), made in zip(asked, objective([request for _, request in asked]), strict=True):
+            try:
+                search.receive(request, made)
+            except RunFailed as failed:
+                if not lenient:
+                    raise
+                search.failed = failed
+        save()

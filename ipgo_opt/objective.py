@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,29 +18,106 @@ from ipgo_opt.rewards.base import Reward, WeightedSum
 if TYPE_CHECKING:
     from ipgo_opt.models.sampler import Sampler
 
+MOST_ENCODED = 1024
+"""Encoded prompts that are kept."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Candidates to be evaluated, each on every prompt and its seeds.
+
+    Attributes:
+        x: q points (q, D), or None for the prompts as they are.
+        prompts: b prompts.
+        seeds: S seeds for each prompt, (b, S).
+        gradient: whether the slope of the value is asked for.
+        images: whether the images are to be kept.
+
+    """
+
+    x: Tensor | None
+    prompts: tuple[str, ...]
+    seeds: tuple[tuple[int, ...], ...]
+    gradient: bool = False
+    images: bool = True
+
+    @property
+    def q(self) -> int:
+        """Candidates."""
+        return 1 if self.x is None else len(self.x)
+
 
 @dataclass
 class Evaluation:
-    """Images and scores of q candidates on S seeds.
+    """What one request found: images and scores of q candidates on b prompts with S seeds each.
 
-    `images` (q·S, 3, H, W); `scores` (q, S) and each of `parts`, `judge` likewise; `value` (q,) what the solver
-    maximizes; `gradient` (q, D) of it, if asked for.
+    Attributes:
+        images: (q·b·S, 3, H, W), seeds innermost, candidates outermost; None unless they were to be kept.
+        scores: (q, b·S), and each of `parts` and `judge` likewise.
+        penalty: mean over the prompts (q,).
+        value: what the solver maximizes (q,).
+        gradient: of `value`, (q, D), if it was asked for.
+        denoiser_calls: images × denoiser evaluations that it took.
+
     """
 
-    images: Tensor
+    images: Tensor | None
     scores: Tensor
     parts: dict[str, Tensor]
     judge: Tensor | None
     penalty: Tensor
     value: Tensor
     gradient: Tensor | None
+    denoiser_calls: int
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The part of a request that stays together: one candidate on some of its prompts with some of their seeds."""
+
+    request: int
+    candidate: int
+    prompts: tuple[int, ...]
+    seeds: range
+
+
+class _Sheet:
+    """An evaluation as it is filled in, block by block."""
+
+    def __init__(self, request: Request, terms: Sequence[str], judged: bool) -> None:
+        self.request, (b, S) = request, (len(request.prompts), len(request.seeds[0]))
+        self.scores = torch.zeros(request.q, b, S)
+        self.parts = {name: torch.zeros(request.q, b, S) for name in terms}
+        self.judge = torch.zeros(request.q, b, S) if judged else None
+        self.penalty = torch.zeros(request.q, b)
+        self.gradient = torch.zeros_like(request.x) if request.gradient and request.x is not None else None
+        self.images: dict[tuple[int, int, int], Tensor] = {}
+        self.calls = 0
+
+    def evaluation(self, gamma: float) -> Evaluation:
+        q, penalty = self.request.q, self.penalty.mean(1)
+        scores = self.scores.view(q, -1)
+        return Evaluation(
+            torch.stack([self.images[at] for at in sorted(self.images)]) if self.request.images else None,
+            scores,
+            {name: part.view(q, -1) for name, part in self.parts.items()},
+            None if self.judge is None else self.judge.view(q, -1),
+            penalty,
+            scores.mean(1) - gamma * penalty,
+            self.gradient,
+            self.calls,
+        )
 
 
 class Objective:
-    """Points in, images and scores out: `value = mean reward over the seeds − γ · penalty`, equation (12).
+    """Points in, images and scores out: `value = mean reward − γ · mean penalty`, equation (12).
+
+    The means are over the prompts and seeds of a request. What is asked for at once, by one search or by many, is
+    evaluated in batches of at most `config.chunk` images; gradients are accumulated over them, so that memory is that
+    of one batch.
 
     Args:
-        config: the run's configuration.
+        config: the settings of all the runs that ask.
         sampler: makes the images.
         reward: scores them.
         judge: a second opinion, or None.
@@ -52,37 +132,94 @@ class Objective:
         self.config, self.sampler, self.reward, self.judge = config, sampler, reward, judge
         self.space, self.full = space, full
         self.gamma = config.gamma if "conformity" in config.kept_constraints() else 0.0
-        self.conditioning = sampler.encode(config.prompt)
+        self.encoded = functools.lru_cache(MOST_ENCODED)(sampler.encode)
 
-    def applied(self, x: Tensor | None) -> tuple[Conditioning, Tensor]:
-        """Conditioning and penalty (q,) of points x (q, D); None is the raw prompt."""
+    def applied(self, x: Tensor | None, conditioning: Conditioning) -> tuple[Conditioning, Tensor]:
+        """Conditioning and penalty of points x (q, D) on B prompts (see Space.apply); None is the raw prompts."""
         if x is None:
-            return self.conditioning, torch.zeros(1)
-        conditioning, penalty = self.space.apply(x, self.conditioning, full=self.full)
-        return conditioning, penalty
+            return conditioning, torch.zeros(len(conditioning))
+        applied: tuple[Conditioning, Tensor] = self.space.apply(x, conditioning, full=self.full)
+        return applied
 
-    def __call__(self, x: Tensor | None, seeds: list[int], *, gradient: bool = False) -> Evaluation:
-        """Evaluates points x (q, D), or the raw prompt, on every seed."""
-        leaf = x.detach().clone().requires_grad_() if gradient and x is not None else x
+    def __call__(self, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[Evaluation]:
+        """Evaluates all requests; `progress` is told the number of images after every batch."""
+        terms = [term.name for term in self.reward.terms]
+        sheets = [_Sheet(request, terms, self.judge is not None) for request in requests]
+        for batch in self._batches(requests):
+            rows = self._evaluate(batch, requests, sheets)
+            if progress is not None:
+                progress(rows)
+        return [sheet.evaluation(self.gamma) for sheet in sheets]
+
+    def _batches(self, requests: Sequence[Request]) -> list[list[_Block]]:
+        """Blocks that can share a pipeline call: the same numbers of prompts and seeds, the same shapes."""
+        most = self.config.chunk
+        alike: dict[Any, list[_Block]] = {}
+        for r, request in enumerate(requests):
+            S = len(request.seeds[0])
+            by_shape: dict[Any, list[int]] = {}
+            for p, prompt in enumerate(request.prompts):
+                by_shape.setdefault(self.encoded(prompt).shapes, []).append(p)
+            for k, (shapes, found) in product(range(request.q), by_shape.items()):
+                together = max(1, most // S)
+                for first, start in product(range(0, len(found), together), range(0, S, most)):
+                    block = _Block(r, k, tuple(found[first : first + together]), range(start, min(S, start + most)))
+                    kind = (request.x is None, request.gradient, shapes, len(block.prompts), len(block.seeds))
+                    alike.setdefault(kind, []).append(block)
+        batches = []
+        for blocks in alike.values():
+            together = max(1, most // (len(blocks[0].prompts) * len(blocks[0].seeds)))
+            batches += [blocks[start : start + together] for start in range(0, len(blocks), together)]
+        return batches
+
+    def _evaluate(self, batch: list[_Block], requests: Sequence[Request], sheets: list[_Sheet]) -> int:
+        """One pipeline call, scored and entered; returns its number of images."""
+        gradient, b, S = requests[batch[0].request].gradient, len(batch[0].prompts), len(batch[0].seeds)
+        texts = [requests[block.request].prompts[p] for block in batch for p in block.prompts]
+        seeds = [requests[block.request].seeds[p][s] for block in batch for p in block.prompts for s in block.seeds]
+        prompts = [text for text in texts for _ in range(S)]
+        points = [(requests[block.request].x, block.candidate) for block in batch]
+        found = [x[candidate] for x, candidate in points if x is not None]
+        x = torch.stack(found).requires_grad_(gradient) if found else None
+        calls = self.sampler.denoiser_calls
         with torch.set_grad_enabled(gradient):
-            conditioning, penalty = self.applied(leaf)
-            q = len(conditioning)
-            images = self.sampler.generate(conditioning.repeat(len(seeds)), seeds * q, gradient=gradient)
-            prompts = [self.config.prompt] * len(images)
+            changed, penalty = self.applied(x, self._conditioning(texts, b if found else 0))
+            images = self.sampler.generate(changed.repeat(S), seeds, gradient=gradient)
             parts = self.reward.parts(images, prompts)
-            scores = self.reward.total(parts).view(q, len(seeds))
-            value = scores.mean(1) - self.gamma * penalty.to(scores)
+            scores = self.reward.total(parts).view(-1, b, S)
+            penalty = penalty.to(scores).view(-1, b)
+            value = (scores - self.gamma * penalty[..., None]).sum((1, 2))
         slope = None
-        if gradient and leaf is not None:
-            (slope,) = torch.autograd.grad(value.sum(), leaf)
+        if gradient and x is not None:
+            of_mean = torch.tensor([1 / sheets[block.request].scores[0].numel() for block in batch]).to(value)
+            (slope,) = torch.autograd.grad(value, x, of_mean)
+        images, calls = images.detach(), self.sampler.denoiser_calls - calls
         with torch.no_grad():
-            judged = None if self.judge is None else self.judge(images.detach(), prompts).view(q, -1).cpu()
-        return Evaluation(
-            images.detach(),
-            scores.detach().float().cpu(),
-            {name: part.detach().float().view(q, -1).cpu() for name, part in parts.items()},
-            judged,
-            penalty.detach().float().cpu(),
-            value.detach().float().cpu(),
-            slope,
-        )
+            judged = None if self.judge is None else _cpu(self.judge(images, prompts)).view(-1, b, S)
+        scores, penalty = _cpu(scores), _cpu(penalty)
+        parts = {name: _cpu(part).view(-1, b, S) for name, part in parts.items()}
+        for i, block in enumerate(batch):
+            sheet, k, p, s = sheets[block.request], block.candidate, list(block.prompts), list(block.seeds)
+            at = (k, torch.tensor(p)[:, None], torch.tensor(s))
+            sheet.scores[at] = scores[i]
+            sheet.penalty[k, p] = penalty[i]
+            for name, part in parts.items():
+                sheet.parts[name][at] = part[i]
+            if sheet.judge is not None and judged is not None:
+                sheet.judge[at] = judged[i]
+            if sheet.gradient is not None and slope is not None:
+                sheet.gradient[k] += slope[i]
+            if sheet.request.images:
+                sheet.images |= {(k, *where): images[i * b * S + n] for n, where in enumerate(product(p, s))}
+            sheet.calls += calls // len(batch)
+        return len(images)
+
+    def _conditioning(self, texts: Sequence[str], each: int) -> Conditioning:
+        """The prompts encoded, a row for each; one row for all candidates if each has one prompt, the same."""
+        if each == 1 and len(set(texts)) == 1:
+            return self.encoded(texts[0])
+        return Conditioning.stack([self.encoded(text) for text in texts])
+
+
+def _cpu(scores: Tensor) -> Tensor:
+    return scores.detach().float().cpu()

@@ -1,13 +1,107 @@
-"""Prompts from files."""
+"""Many prompts from a file: plain text, CSV, JSON, JSONL, or one of the sets that the package ships."""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 from pathlib import Path
+from typing import Any
+
+from ipgo_opt.errors import BadInput
+from ipgo_opt.registry import unknown
+
+SHIPPED = {path.stem: path for path in sorted((Path(__file__).parent / "prompts").glob("*.txt"))}
+"""Prompt sets in the package, by name."""
+
+TABLES = (".csv", ".json", ".jsonl")
+"""Kinds of files that have columns; every other one is plain text, a prompt in each line."""
+
+COLUMN = "prompt"
+"""The column that is read if none is named."""
+
+MOST_CHARACTERS = 10_000
+"""Characters that a prompt may have: a longer one is a mistake in the file."""
 
 
-def read_prompts(source: str) -> list[str]:
-    """The lines of a file, or of a shipped set."""
-    path = Path(source)
-    if not path.exists():
-        path = Path(__file__).parent / "prompts" / f"{source}.txt"
-    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+def read_prompts(spec: str | Path) -> list[str]:
+    """The prompts of `spec`, in order; empty ones are skipped.
+
+    Args:
+        spec: the name of a shipped set, FILE, or FILE:COLUMN of a .csv (with a header), .json (a list of strings or
+            objects) or .jsonl file; without a COLUMN it is "prompt".
+
+    Raises:
+        BadInput: there is no such set, file or column, the file is not UTF-8 or not what its name says, a prompt is
+            longer than MOST_CHARACTERS, or there is no prompt in it.
+
+    """
+    name = str(spec)
+    if name in SHIPPED and not Path(name).exists():
+        path, column = SHIPPED[name], ""
+    else:
+        path, column = _found(name)
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"a prompt file must be UTF-8, but {name!r} is not (byte {error.start}).") from None
+    except OSError as error:
+        raise BadInput(f"the prompt file {name!r} can't be read: {error.strerror}.") from None
+    if path.suffix.lower() in TABLES:
+        found = _column(_rows(path, text), column or COLUMN, name)
+    else:
+        found = list(enumerate(text.splitlines(), 1))
+    prompts = []
+    for number, value in found:
+        if not isinstance(value, str):
+            raise BadInput(f"a prompt must be text, but number {number} of {name!r} is {value!r}.")
+        if len(value) > MOST_CHARACTERS:
+            raise BadInput(
+                f"a prompt may have {MOST_CHARACTERS} characters, but number {number} of {name!r} has {len(value)}."
+            )
+        if value.strip():
+            prompts.append(value.strip())
+    if not prompts:
+        raise BadInput(f"a prompt file must hold at least one prompt, but {name!r} holds none.")
+    return prompts
+
+
+def _found(name: str) -> tuple[Path, str]:
+    """The file of FILE or FILE:COLUMN, and the column."""
+    if Path(name).is_file():
+        return Path(name), ""
+    file, colon, column = name.rpartition(":")
+    if colon and Path(file).is_file():
+        if Path(file).suffix.lower() not in TABLES:
+            raise BadInput(f"only {', '.join(TABLES)} files have columns, but got {name!r}.")
+        return Path(file), column
+    raise unknown("prompts", name, ["a file", *SHIPPED])
+
+
+def _rows(path: Path, text: str) -> list[Any]:
+    """The rows of a table: dicts, or strings where JSON has them."""
+    if path.suffix.lower() == ".csv":
+        return list(csv.DictReader(io.StringIO(text), strict=True))
+    try:
+        if path.suffix.lower() == ".jsonl":
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        rows = json.loads(text) if text.strip() else []
+    except ValueError as error:
+        raise BadInput(f"{str(path)!r} is not {path.suffix[1:].upper()}: {error}.") from None
+    if not isinstance(rows, list):
+        raise BadInput(f"a JSON file of prompts must hold a list, but {str(path)!r} holds a {type(rows).__name__}.")
+    return rows
+
+
+def _column(rows: list[Any], column: str, name: str) -> list[tuple[int, Any]]:
+    """Number and value of a column in each row."""
+    out = []
+    for number, row in enumerate(rows, 1):
+        if isinstance(row, dict):
+            if column not in row:
+                known = ", ".join(str(key) for key in row)
+                raise BadInput(f"row {number} of {name!r} must have the column {column!r}, but it has {known}.")
+            out.append((number, "" if row[column] is None else row[column]))
+        else:
+            out.append((number, row))
+    return out

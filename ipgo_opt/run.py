@@ -1,36 +1,37 @@
-"""A run from a configuration to its verdict: `optimize`, `resume`, and the place where all parts are put together."""
+"""Runs from configurations to their verdicts: `optimize`, `resume`, and the place where all parts are put together.
+
+One prompt is one run; many prompts are as many runs in one pass; tokens shared by many prompts are one run.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import platform
 import shutil
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 from ipgo_opt import __version__
-from ipgo_opt.config import FIRST_HELD_OUT_SEED, RunConfig, check, check_device, configure
+from ipgo_opt.artefact import versions, write_conditioning
+from ipgo_opt.config import RunConfig, check, check_device, configure, configure_each, title
 from ipgo_opt.errors import BadInput, RunFailed
-from ipgo_opt.loop import Loop, Reporter, finite
+from ipgo_opt.loop import Loop, Reporter, Search, drive, finite
 from ipgo_opt.models import EMBEDDED, load_pipeline, make_sampler
-from ipgo_opt.objective import Evaluation, Objective
+from ipgo_opt.objective import Objective
 from ipgo_opt.rewards import JUDGES
 from ipgo_opt.rewards.base import Reward, RewardFailed, Term, WeightedSum, prepare, shown
 from ipgo_opt.rewards.custom import from_object
+from ipgo_opt.shared import SharedLoop
 from ipgo_opt.spaces import SPACES
-from ipgo_opt.store import FORMAT, Store, check_out, read_run, to_pil
+from ipgo_opt.store import FORMAT, Store, check_out, read_history, read_run, slug, to_pil
 from ipgo_opt.strategies import STRATEGIES
 from ipgo_opt.strategies.base import Problem, Strategy
+from ipgo_opt.verdict import give_verdicts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 class Silence:
     """A reporter that says nothing."""
 
-    def started(self, config: RunConfig, out: Path, history: list[dict[str, Any]]) -> None:
+    def started(self, config: RunConfig, out: Path, history: list[dict[str, Any]], runs: int = 1) -> None:
         """Nothing."""
 
     def evaluated(self, record: dict[str, Any]) -> None:
@@ -121,9 +122,19 @@ class Result:
         return target
 
 
+@overload
+def optimize(prompt: str, **settings: Any) -> Result: ...
+@overload
+def optimize(*, prompts: Sequence[str], shared: Literal[True], **settings: Any) -> Result: ...
+@overload
+def optimize(*, prompts: Sequence[str], **settings: Any) -> list[Result]: ...
+
+
 def optimize(
-    prompt: str,
+    prompt: str | None = None,
     *,
+    prompts: Sequence[str] | None = None,
+    shared: bool = False,
     reward: str | Reward | Callable[..., Any] | None = None,
     strategy: str | None = None,
     space: str | None = None,
@@ -134,46 +145,58 @@ def optimize(
     reporter: Reporter | None = None,
     loaded: dict[Any, Any] | None = None,
     **settings: Any,
-) -> Result:
-    """Finds a better image for a prompt without touching the model.
+) -> Result | list[Result]:
+    """Finds better images for prompts without touching the model.
 
     Args:
         prompt: what the image should show.
+        prompts: instead of `prompt`: many prompts, each optimized on its own but all in one pass.
+        shared: whether one set of tokens is learned for all of `prompts` instead.
         reward: a specification ("clip+0.2*aesthetic", "judge.py:score"), a function of images and prompts, or an object
             with the Reward contract; larger is better.
         strategy: who searches, as `ipgo-opt list` names it; "gradient" if it is not given.
         space: what is searched, likewise; "tokens" if it is not given.
         model: a name, a diffusers folder or a hub id.
-        budget: images that the search may generate, the raw one included.
+        budget: images that the search may generate, the raw one included: of each prompt, or of all that share tokens.
         seed: of the noise, the space and the strategy.
-        out: the run directory; without it the run lives in a temporary one until `Result.save`.
+        out: the run directory (of many prompts: with a run directory for each); without it the run lives in a temporary
+            one until `Result.save`.
         reporter: is told what happens.
         loaded: models and rewards that earlier runs have loaded; pass the same dict to several runs.
         settings: any other field of RunConfig.
 
+    Returns:
+        The result, or one for each of `prompts` where they do not share tokens.
+
     Raises:
         BadInput: a setting breaks a rule; nothing was written.
-        RunFailed: the run could not go on; `resume` may.
+        RunFailed: the run could not go on; `resume` may. Of many prompts, those that could are finished.
 
     """
+    if (prompt is None) == (prompts is None) or (shared and prompts is None):
+        raise BadInput("give a prompt, or several as prompts (and shared only with these).")
     custom = None if reward is None or isinstance(reward, str) else from_object(reward)
     if isinstance(reward, str) and reward.startswith("object:"):
         raise BadInput(f"reward must be a name or a weighted sum, but got {reward!r}.")
     if custom is not None:
         reward = custom.name
-    config = configure(
-        prompt, reward=reward, strategy=strategy, space=space, model=model, budget=budget, seed=seed, **settings
-    )
+    given = settings | {
+        "reward": reward, "strategy": strategy, "space": space, "model": model, "budget": budget, "seed": seed
+    }  # fmt: skip
+    if shared:
+        configs = [configure(title(prompts or ()), shared=True, prompts=prompts, **given)]
+    else:
+        configs = configure_each([prompt] if prompts is None else prompts, **given)  # type: ignore[list-item]
     temporary = tempfile.TemporaryDirectory(prefix="ipgo-opt-") if out is None else None
     folder = Path(out) if out is not None else Path(temporary.name)  # type: ignore[union-attr]
     check_out(folder)
-    parts = _prepare(config, custom, {} if loaded is None else loaded)
-    store = Store(folder)
-    try:
-        store.write_json("run.json", _run_json(config, "running"))
-        return _execute(config, store, reporter or Silence(), parts, temporary)
-    finally:
-        store.close()
+    parts = assemble(configs[0], custom, {} if loaded is None else loaded)
+    many = prompts is not None and not shared
+    with _opened(folder) as store:
+        store.write_json("run.json", _many_json(configs, "running") if many else _run_json(configs[0], "running"))
+        if many:
+            return _execute_many(configs, store, reporter or Silence(), parts, temporary)
+        return _execute(configs[0], store, reporter or Silence(), parts, temporary)
 
 
 def resume(
@@ -182,7 +205,7 @@ def resume(
     reward: Reward | Callable[..., Any] | None = None,
     reporter: Reporter | None = None,
     loaded: dict[Any, Any] | None = None,
-) -> Result:
+) -> Any:
     """Continues a run that was stopped; on the CPU it ends as if it never had been.
 
     Args:
@@ -191,43 +214,64 @@ def resume(
         reporter: is told what happens.
         loaded: as in `optimize`.
 
+    Returns:
+        What `optimize` would have returned: a Result, or a list of them.
+
     """
     run = read_run(Path(folder))
+    many = "configs" in run
     try:
-        config = RunConfig(**run["config"])
+        configs = [RunConfig(**config) for config in (run["configs"] if many else [run["config"]])]
     except (TypeError, KeyError) as error:
         raise BadInput(f"run.json in {str(folder)!r} has no usable configuration: {error}") from None
     if run["status"] == "finished":
-        return Result(run["result"], _history(Path(folder)), Path(folder))
-    if config.reward.startswith("object:") and reward is None:
-        raise BadInput(f"the run was started with the reward object {config.reward[7:]}; pass it to resume.")
-    check(config)
+        homes = _homes(Path(folder), configs) if many else [Path(folder)]
+        results = [Result(read_run(home)["result"], read_history(home), home) for home in homes]
+        return results if many else results[0]
+    if configs[0].reward.startswith("object:") and reward is None:
+        raise BadInput(f"the run was started with the reward object {configs[0].reward[7:]}; pass it to resume.")
+    for config in configs:
+        check(config)
     custom = None if reward is None else from_object(reward)
-    store = Store(Path(folder))
+    with _opened(Path(folder)) as store:
+        parts = assemble(configs[0], custom, {} if loaded is None else loaded)
+        if many:
+            return _execute_many(configs, store, reporter or Silence(), parts)
+        return _execute(configs[0], store, reporter or Silence(), parts)
+
+
+def _run_json(config: RunConfig, status: str, result: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {
+        "format": FORMAT, "ipgo_opt": __version__, "status": status, "config": dataclasses.asdict(config),
+        "versions": versions(), "result": result,
+    }  # fmt: skip
+
+
+def _many_json(configs: Sequence[RunConfig], status: str) -> dict[str, Any]:
+    return {
+        "format": FORMAT, "ipgo_opt": __version__, "status": status,
+        "configs": [dataclasses.asdict(config) for config in configs], "versions": versions(),
+        "folders": [home.name for home in _homes(Path(), configs)],
+    }  # fmt: skip
+
+
+def _homes(folder: Path, configs: Sequence[RunConfig]) -> list[Path]:
+    """The run directory of each of many prompts."""
+    return [folder / f"{number:0{len(str(len(configs)))}d}-{slug(one.prompt)}" for number, one in enumerate(configs)]
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[Store]:
+    store = Store(folder)
     try:
-        parts = _prepare(config, custom, {} if loaded is None else loaded)
-        return _execute(config, store, reporter or Silence(), parts)
+        yield store
     finally:
         store.close()
 
 
-def _history(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+class Parts(NamedTuple):
+    """What a run is made of: the solver's class, what scores, what paints, what is searched."""
 
-
-def _run_json(config: RunConfig, status: str, result: dict[str, Any] | None = None) -> dict[str, Any]:
-    packages = ("torch", "diffusers", "transformers")
-    return {
-        "format": FORMAT,
-        "ipgo_opt": __version__,
-        "status": status,
-        "config": dataclasses.asdict(config),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "result": result,
-    }
-
-
-class _Parts(NamedTuple):
     strategy: Any
     reward: WeightedSum
     judge: Reward | None
@@ -235,7 +279,7 @@ class _Parts(NamedTuple):
     space: Any
 
 
-def _prepare(config: RunConfig, custom: Reward | None, loaded: dict[Any, Any]) -> _Parts:
+def assemble(config: RunConfig, custom: Reward | None, loaded: dict[Any, Any]) -> Parts:
     """Loads everything that a run is made of and that `loaded` has not yet; writes nothing."""
 
     def once(make: Callable[..., Any], *made_of: Any) -> Any:
@@ -259,7 +303,7 @@ def _prepare(config: RunConfig, custom: Reward | None, loaded: dict[Any, Any]) -
     pipeline = once(load_pipeline, config.model_source(), device, dtype, config.memory_levers())
     sampler = make_sampler(pipeline, config.sampler_settings, scheduler=config.scheduler, chunk=config.chunk)
     space = SPACES.load(config.space).made(config, sampler)
-    return _Parts(strategy_class, reward, judge, sampler, space)
+    return Parts(strategy_class, reward, judge, sampler, space)
 
 
 def _reward(spec: str, device: str, embedded: bool) -> WeightedSum:
@@ -270,140 +314,167 @@ def _judge(name: str, device: str, embedded: bool) -> Reward:
     return JUDGES.load(name)(device) if name in JUDGES else _reward(name, device, embedded)
 
 
-def _execute(
-    config: RunConfig,
-    store: Store,
-    reporter: Reporter,
-    parts: _Parts,
-    temporary: tempfile.TemporaryDirectory[str] | None = None,
-) -> Result:
-    strategy_class, reward, judge, sampler, space = parts
-    full = strategy_class.uses_gradient
-    if (store.folder / "space.safetensors").exists():
-        space.load_state_dict(store.read_tensors("space.safetensors")[0])
-    else:
-        store.write_tensors("space.safetensors", space.state_dict())
-    coordinates = space.coordinates(full=full)
-    steps = (config.budget - config.tried_seeds) // (config.search_seeds * config.batch_size)
+def _strategy(config: RunConfig, parts: Parts, steps: int) -> Strategy:
+    """The solver on the space's coordinates, told of the evaluations that the budget leaves it."""
+    coordinates = parts.space.coordinates(full=parts.strategy.uses_gradient)
     problem = Problem(
         coordinates.start, coordinates.lower, coordinates.upper, max(steps, 1) * config.batch_size, config.batch_size,
         config.seed,
     )  # fmt: skip
     options = [config.gradient_options()] if config.strategy == "gradient" else []
-    strategy: Strategy = strategy_class(problem, *options)
+    strategy: Strategy = parts.strategy(problem, *options)
+    return strategy
 
-    loop = Loop(config, store, reporter, Objective(config, sampler, reward, judge, space, full))
+
+def _search(config: RunConfig, store: Store, reporter: Reporter, parts: Parts, room: int) -> Search:
+    """The search that a configuration describes, at its start."""
+    if config.shared:
+        return SharedLoop(config, store, reporter, _strategy(config, parts, config.schedule.count("update")))
+    steps = (config.budget - config.tried_seeds) // (config.search_seeds * config.batch_size)
+    return Loop(config, store, reporter, _strategy(config, parts, steps), steps, room)
+
+
+def _fix_space(space: Any, store: Store) -> None:
+    """The space as it was when the run was started; of a new run, as it is."""
+    if (store.folder / "space.safetensors").exists():
+        space.load_state_dict(store.read_tensors("space.safetensors")[0])
+    else:
+        store.write_tensors("space.safetensors", space.state_dict())
+
+
+def _execute(
+    config: RunConfig,
+    store: Store,
+    reporter: Reporter,
+    parts: Parts,
+    temporary: tempfile.TemporaryDirectory[str] | None = None,
+) -> Result:
+    _fix_space(parts.space, store)
+    search = _search(config, store, reporter, parts, config.chunk)
     state = store.load_checkpoint()
     if state is None:
         store.cut_history(0)
     else:
-        strategy.load_state_dict(state.pop("strategy"))
-        loop.load_state_dict(state)
-    reporter.started(config, store.folder, loop.history)
-    tokens, limit = sampler.token_count(config.prompt)
-    if tokens > limit:
-        reporter.warned(f"the prompt has {tokens} tokens; the model's text encoder reads the first {limit}.")
+        search.load_state_dict(state)
+    reporter.started(config, store.folder, search.history)
+    _warn_of_length(config.prompts or [config.prompt], parts.sampler, reporter)
+    _run([search], store, reporter, parts, lambda: store.save_checkpoint(search.state_dict()))
+    summary = _finish(search, parts)
+    reporter.finished(summary)
+    return Result(summary, search.history, store.folder, temporary)
+
+
+def _execute_many(
+    configs: Sequence[RunConfig],
+    store: Store,
+    reporter: Reporter,
+    parts: Parts,
+    temporary: tempfile.TemporaryDirectory[str] | None = None,
+) -> list[Result]:
+    """All runs in one pass; while they last, one checkpoint holds the state of all."""
+    homes = _homes(store.folder, configs)
+    with ExitStack() as stack:
+        stores = [stack.enter_context(_opened(home)) for home in homes]
+        room = configs[0].chunk // len(configs)
+        searches = []
+        for config, own in zip(configs, stores, strict=True):
+            _fix_space(parts.space, own)  # the same for all: they share its seed
+            searches.append(_search(config, own, reporter, parts, room))
+        state = store.load_checkpoint()
+        for n, search in enumerate(searches):
+            if state is None:
+                search.store.cut_history(0)
+                search.store.write_json("run.json", _run_json(search.config, "running"))
+            else:
+                search.load_state_dict(state["runs"][n])
+        done = [record for search in searches for record in search.history]
+        together = dataclasses.replace(configs[0], prompt=title([config.prompt for config in configs]))
+        reporter.started(together, store.folder, done, len(configs))
+        _warn_of_length([config.prompt for config in configs], parts.sampler, reporter)
+
+        def save() -> None:
+            store.save_checkpoint({"runs": [search.state_dict() for search in searches]})
+
+        _run(searches, store, reporter, parts, save, lenient=True)
+        results = []
+        for search in searches:
+            search.store.save_checkpoint(search.state_dict())
+            if search.failed is None:
+                results.append(Result(_finish(search, parts), search.history, search.store.folder, temporary))
+    failed = [search for search in searches if search.failed is not None]
+    if failed:
+        raise RunFailed(
+            f"{len(failed)} of {len(searches)} prompts failed, the first, {failed[0].config.prompt!r}, with: "
+            f"{failed[0].failed}"
+        )
+    store.write_json("run.json", _many_json(configs, "finished"))
+    for result in results:
+        reporter.finished(result.summary)
+    return results
+
+
+def _run(
+    searches: Sequence[Search],
+    store: Store,
+    reporter: Reporter,
+    parts: Parts,
+    save: Callable[[], None],
+    *,
+    lenient: bool = False,
+) -> None:
+    """Search, and the verdict on it; what each search found is left in it."""
+    full = parts.strategy.uses_gradient
+    objective = Objective(searches[0].config, parts.sampler, parts.reward, parts.judge, parts.space, full)
     try:
-        loop.search(strategy, steps)
-        if not math.isfinite(loop.best):
-            raise RunFailed("the reward gave no finite score for any image.")
-        summary = _verdict(loop, reward, judge)
+        drive(searches, objective, save, lenient=lenient)
+        for search in searches:
+            if search.failed is None and not math.isfinite(search.best):
+                search.failed = RunFailed("the reward gave no finite score for any image.")
+                if not lenient:
+                    raise search.failed
+        give_verdicts([search for search in searches if search.failed is None], objective, reporter)
     except RewardFailed as failed:
         if failed.image is not None:
             store.write_image("failed.png", failed.image)
         raise
-    _write_best(loop, space)
+
+
+def _warn_of_length(prompts: Sequence[str], sampler: Sampler, reporter: Reporter) -> None:
+    for prompt in prompts:
+        tokens, limit = sampler.token_count(prompt)
+        if tokens > limit:
+            reporter.warned(f"the prompt has {tokens} tokens; the model's text encoder reads the first {limit}.")
+
+
+def _finish(search: Search, parts: Parts) -> dict[str, Any]:
+    """Summary, artefact, report and run.json of a search that is over."""
     from ipgo_opt.report import report_html
 
-    done = _run_json(config, "finished", summary)
-    store.write_text("report.html", report_html(done, loop.history, store.folder))
-    store.write_json("run.json", done)
-    reporter.finished(summary)
-    return Result(summary, loop.history, store.folder, temporary)
-
-
-def _verdict(loop: Loop, reward: WeightedSum, judge: Reward | None) -> dict[str, Any]:
-    """Search reward beside held-out reward and judge, on seeds that the search never used."""
-    config, objective, sampler = loop.config, loop.objective, loop.objective.sampler
-    searched = {"images": sampler.images, "denoiser_calls": sampler.denoiser_calls}
-    best_x = None if loop.best_x is None else loop.best_x[None]
-    held_out: dict[str, Any] | None = None
-    verdict: dict[str, Any] | None = None
-    if config.held_out:
-        seeds = [FIRST_HELD_OUT_SEED + i for i in range(config.held_out)]
-        sides: dict[str, list[Evaluation]] = {"raw": [], "best": []}
-        done = 0
-        for name, x in (("raw", None), ("best", best_x)):
-            for start in range(0, len(seeds), config.chunk):
-                part = seeds[start : start + config.chunk]
-                sides[name].append(objective(x, part))
-                done += len(part)
-                loop.reporter.judging(done, 2 * len(seeds))
-        scores = {name: torch.cat([made.scores[0] for made in side]) for name, side in sides.items()}
-        held_out = {"n": config.held_out}
-        for prefix, name in (("", "best"), ("raw_", "raw")):
-            held_out[f"{prefix}mean"] = finite(scores[name].mean())
-            held_out[f"{prefix}sd"] = finite(scores[name].std()) if config.held_out > 1 else 0.0
-        held_out["parts"] = {
-            f"{prefix}{term.name}": finite(torch.cat([made.parts[term.name][0] for made in sides[name]]).mean())
-            for prefix, name in (("", "best"), ("raw_", "raw"))
-            for term in reward.terms
-        }
-        if judge is not None:
-            judged = {
-                name: torch.cat([made.judge[0] for made in side if made.judge is not None])
-                for name, side in sides.items()
-            }
-            verdict = {
-                "name": config.judge,
-                "raw": float(judged["raw"].mean()),
-                "optimized": float(judged["best"].mean()),
-            }
-    return {
+    config, store = search.config, search.store
+    summary = {
         "prompt": config.prompt,
         "model": config.model,
         "space": config.space,
         "strategy": config.strategy,
         "reward": shown(config.reward),
         "seed": config.seed,
-        **searched,
-        "seconds": round(loop.seconds + time.monotonic() - loop.started, 2),
-        "raw_reward": finite(loop.raw),
-        "seeds": loop.seeds,
-        "seed_reward": finite(loop.seed_reward),
-        "search_reward": loop.best,
-        "held_out": held_out,
-        "judge": verdict,
-        "failed": sum(record["reward"] is None for record in loop.history),
-        "out": str(loop.store.folder),
+        "images": search.images,
+        "denoiser_calls": search.denoiser_calls,
+        "seconds": round(search.elapsed, 2),
+        "raw_reward": finite(search.raw),
+        **search.summary(),
+        "seed_reward": finite(search.seed_reward),
+        "search_reward": search.best,
+        "held_out": search.held_out,
+        "judge": search.judged,
+        "failed": sum(record["reward"] is None for record in search.history),
+        "out": str(store.folder),
     }
-
-
-def _write_best(loop: Loop, space: Any) -> None:
-    """best.safetensors: the tokens and the embeddings that a diffusers pipeline takes as they are."""
-    config, objective = loop.config, loop.objective
-    x = None if loop.best_x is None else loop.best_x[None]
-    with torch.no_grad():
-        tensors = objective.sampler.tensors(objective.applied(x)[0])
-        if x is not None:
-            tensors |= {"x": x[0], **space.learned(x[0], full=objective.full)}
-    settings = objective.sampler.settings
-    metadata = {
-        "format": "ipgo-opt conditioning 1",
-        "prompt": config.prompt,
-        "negative_prompt": config.negative_prompt,
-        "model": config.model,
-        "revision": config.revision,
-        "scheduler": type(objective.sampler.pipeline.scheduler).__name__,
-        "num_inference_steps": settings.num_inference_steps,
-        "guidance_scale": settings.guidance_scale,
-        "height": objective.sampler.size[0],
-        "width": objective.sampler.size[1],
-        "seed": loop.seeds[0],
-        "reward": shown(config.reward),
-        "ipgo_opt": __version__,
-    }
-    loop.store.write_tensors("best.safetensors", tensors, {key: str(value) for key, value in metadata.items()})
+    write_conditioning(search, parts.sampler, parts.space, full=parts.strategy.uses_gradient)
+    done = _run_json(config, "finished", summary)
+    store.write_text("report.html", report_html(done, search.history, store.folder))
+    store.write_json("run.json", done)
+    return summary
 
 
 __all__ = ["Objective", "Reporter", "Result", "optimize", "resume", "to_pil"]

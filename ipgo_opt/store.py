@@ -141,12 +141,11 @@ class Store:
 
     def write_tensors(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         """Writes a safetensors file."""
-        ready = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-        self.write_bytes(name, to_safetensors(ready, metadata))
+        write_tensors(self.folder / name, tensors, metadata)
 
     def read_tensors(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Tensors and metadata of a safetensors file; BadInput if it is damaged."""
-        return _read_tensors(self.folder / name)
+        return read_tensors(self.folder / name)
 
     def append_history(self, records: list[dict[str, Any]]) -> None:
         """Adds lines to history.jsonl."""
@@ -183,7 +182,14 @@ class Store:
         return state
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file whole or not at all."""
+    ready = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+    write_whole(path, to_safetensors(ready, metadata))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; BadInput if it is damaged."""
     try:
         with safe_open(str(path), "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -193,7 +199,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def read_best(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What a finished run found: best.safetensors and its metadata; BadInput if it found no tokens."""
-    tensors, metadata = _read_tensors(folder / "best.safetensors")
+    tensors, metadata = read_tensors(folder / "best.safetensors")
     if not any(name.startswith("basis.") for name in tensors):
         raise BadInput(f"the run in {str(folder)!r} found no tokens: its best image is the raw prompt's.")
     return tensors, metadata
@@ -213,6 +219,11 @@ def read_run(folder: Path) -> dict[str, Any]:
     if run.get("format", FORMAT + 1) > FORMAT:
         raise BadInput(f"{str(path)!r} has layout {run.get('format')!r}; this version reads up to {FORMAT}.")
     return run
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """The records of history.jsonl of a finished run."""
+    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
 
 
 def to_pil(image: Tensor) -> Any:

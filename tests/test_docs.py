@@ -24,7 +24,11 @@ def blocks(language: str) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("docs")
+    """Where everything runs, with what the documents take for granted: a file of prompts and a model's folder."""
+    home = tmp_path_factory.mktemp("docs")
+    (home / "prompts.csv").write_text("text\na fox\na pizza at sunset\n")
+    (home / "emoji").symlink_to(ROOT / "ipgo_opt" / "models" / "emoji")
+    return home
 
 
 def test_there_is_something_to_run() -> None:

@@ -55,7 +55,7 @@ def sampler(pipeline: Any, name: str, grad_steps: int = 1) -> Sampler:
 
 def own_image(pipeline: Any, made: Sampler, seed: int = SEED, **given: Any) -> torch.Tensor:
     """What diffusers makes by itself, of the same noise, in [0, 1]."""
-    image = pipeline(**given, **made._arguments([seed]))[0].float()
+    image = pipeline(**given, **made.arguments([seed]))[0].float()
     return image if hasattr(pipeline, "image_processor") else (image / 2 + 0.5).clamp(0, 1)
 
 

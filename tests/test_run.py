@@ -202,7 +202,7 @@ def test_the_best_image_comes_back_from_plain_diffusers(tiny_folder, tmp_path, s
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         about = file.metadata()
     assert result.reward > result.raw_reward  # else the raw prompt would be compared with itself
-    assert set(tensors) == {"prompt_embeds", "x", "prefix", "suffix", "basis.prefix", "basis.suffix"} | (
+    assert set(tensors) == {"encoder", "prompt_embeds", "x", "prefix", "suffix", "basis.prefix", "basis.suffix"} | (
         {"negative_prompt_embeds"} if guidance > 1 else set()
     )
     assert torch.equal(tensors["prompt_embeds"][0, :2], tensors["prefix"])

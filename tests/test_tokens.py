@@ -423,3 +423,49 @@ def test_the_widest_possible_bases_are_allowed():
         made = TokenSpace(D, shape)
         for E in made.bases(made.coordinates(full=True).start[None]).values():
             assert (E[0].T @ E[0] - torch.eye(E.shape[-1])).abs().max() < 1e-5
+
+
+def attention_by_hand(V: Tensor, states: Tensor, read: list[int]) -> Tensor:
+    """V + softmax(V Cᵀ / √d) C over the states that are read, token by token in float64."""
+    out = V.clone()
+    for j in range(len(V)):
+        logits = [math.exp(float(V[j].double() @ states[k].double()) / math.sqrt(D)) for k in read]
+        for weight, k in zip(logits, read, strict=True):
+            out[j] += weight / sum(logits) * states[k]
+    return out
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attending_tokens_are_cross_attention(masked):
+    """IPGO+: by hand and by torch's own; padding is not attended to, and prompts differ in what is inserted."""
+    made = space(attend=True)
+    x = moved(made, 2, full=True)
+    one, other = prompt(6, 2), prompt(6, 3)
+    states = torch.cat([one.prompt_embeds, other.prompt_embeds] * 2)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]] * 2) if masked else None
+    T, _ = made.apply(x, Conditioning(states, mask=mask), full=True)
+    V = made.tokens(x, full=True)
+    for row in range(4):
+        read = list(range(4 if masked and row % 2 == 0 else 6))
+        expected = attention_by_hand(V["prefix"][row // 2], states[row], read)
+        assert torch.allclose(T.prompt_embeds[row, :3], expected, atol=1e-5)
+        allowed = None if mask is None else (mask[row] != 0).expand(3, -1)
+        torchs = torch.nn.functional.scaled_dot_product_attention(
+            V["prefix"][row // 2][None], states[row][None], states[row][None], allowed
+        )
+        assert torch.allclose(T.prompt_embeds[row, :3], V["prefix"][row // 2] + torchs[0], atol=1e-5)
+    assert (T.prompt_embeds[0, :3] - T.prompt_embeds[1, :3]).abs().max() > 0.01
+
+
+@both_views
+def test_many_prompts_of_a_candidate_and_many_candidates(full):
+    """Row r of q · n belongs to candidate r // n: the same as each pair alone."""
+    made = space(attend=True)
+    x = moved(made, 2, full=full)
+    given = [prompt(4, seed) for seed in range(6)]
+    T, p_conf = made.apply(x, Conditioning.stack(given), full=full)
+    for row, one in enumerate(given):
+        alone, p_alone = made.apply(x[row // 3][None], one, full=full)
+        assert torch.allclose(T.prompt_embeds[row], alone.prompt_embeds[0], atol=1e-6)
+        assert torch.allclose(p_conf[row], p_alone[0], atol=1e-6)
+        assert torch.equal(T.extra["pooled"][row], one.extra["pooled"][0])

@@ -61,6 +61,19 @@ def go(model: str, out: str, settings: dict[str, Any], dies_at: str = "", times:
         optimize("a fox", reward=tiny.Redness(), model=model, out=out, **settings)
 
 
+def go_many(
+    model: str, out: str, prompts: list[str], settings: dict[str, Any], dies_at: str = "", times: int = 1
+) -> None:
+    """`go` for many prompts."""
+    torch.set_num_threads(1)
+    if dies_at:
+        die(dies_at, times)
+    if (Path(out) / "run.json").exists():
+        resume(out, reward=tiny.Redness())
+    else:
+        optimize(prompts=prompts, reward=tiny.Redness(), model=model, out=out, **settings)
+
+
 def die(name: str, times: int) -> None:
     """Lets this process kill itself at a write."""
     replace, left = os.replace, [times]

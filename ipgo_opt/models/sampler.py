@@ -195,7 +195,7 @@ class Sampler:
             shadowed(denoiser(self.pipeline), "forward", heard.stopping),
         ):
             try:
-                self.call(self.pipeline, **texts, **self._arguments([0]))
+                self.call(self.pipeline, **texts, **self.arguments([0]))
             except _Encoded:
                 for hook in getattr(self.pipeline, "text_hooks", ()):
                     hook.offload()
@@ -218,7 +218,7 @@ class Sampler:
     def _packing(self) -> _Packing:
         return _Packing.of(self._named(self._heard)["prompt_embeds"])
 
-    def _arguments(self, seeds: Sequence[int]) -> dict[str, Any]:
+    def arguments(self, seeds: Sequence[int]) -> dict[str, Any]:
         """Everything that the pipeline is given beside texts or embeddings."""
         settings = self.settings
         wanted = {
@@ -252,18 +252,21 @@ class Sampler:
         """Tokens of the prompt, begin and end included, and how many the text encoder reads."""
         return len(self._tokenizer(prompt).input_ids), self._reads(self._tokenizer)
 
-    def word_states(self, words: int = 512) -> Tensor:
-        """Encoder states (n, d), float32 on the CPU, of `words` words of the tokenizer's own vocabulary.
-
-        The words are spread evenly over the vocabulary and encoded many to a prompt; states of begin, end and padding
-        are left out.
-        """
+    def vocabulary(self, words: int = 512) -> list[str]:
+        """At most `words` whole words of the tokenizer's own vocabulary, spread evenly over the alphabet."""
         tokenizer = self._tokenizer
         matches = [match for token in tokenizer.get_vocab() if (match := WORD.fullmatch(token))]
         whole = sorted({match["word"] for match in matches})
         if not whole:
-            raise BadInput("basis 'states' needs a vocabulary with whole words, but this model's tokenizer has none.")
-        chosen = whole[:: max(1, len(whole) // words)][:words]
+            raise BadInput("words need a vocabulary with whole words, but this model's tokenizer has none.")
+        return whole[:: max(1, len(whole) // words)][:words]
+
+    def word_states(self, words: int = 512) -> Tensor:
+        """Encoder states (n, d), float32 on the CPU, of the words of `vocabulary(words)`.
+
+        They are encoded many to a prompt; states of begin, end and padding are left out.
+        """
+        tokenizer, chosen = self._tokenizer, self.vocabulary(words)
         per_prompt = max(1, min(75, self._reads(tokenizer) - 2))
         begins = int(tokenizer("a").input_ids[0] == tokenizer.bos_token_id)
         states = []
@@ -302,17 +305,19 @@ class Sampler:
         }
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
-    def _generate(self, conditioning: Conditioning, seeds: Sequence[int], gradient: bool) -> Tensor:
-        packed = {
-            name: self._packing.closed(tensor) if name in STATES else tensor
-            for name, tensor in self.tensors(conditioning).items()
-        }
+    def packed(self, named: dict[str, Tensor]) -> dict[str, Any]:
+        """What `tensors` gave as the pipeline takes it."""
+        packed = {name: self._packing.closed(tensor) if name in STATES else tensor for name, tensor in named.items()}
         if "negative_prompt" in self.interface.arguments:
             packed["negative_prompt"] = None  # "" by default in some pipelines
+        return packed
+
+    def _generate(self, conditioning: Conditioning, seeds: Sequence[int], gradient: bool) -> Tensor:
+        packed = self.packed(self.tensors(conditioning))
         searched = [tensor for tensor in tensors(packed) if tensor.requires_grad]
         gate = Gate(self.pipeline, self.settings.grad_steps if gradient else 0, len(seeds), searched)
         with gate, nullcontext() if gradient else torch.no_grad():
-            images = self.call(self.pipeline, **packed, **self._arguments(seeds))[0]
+            images = self.call(self.pipeline, **packed, **self.arguments(seeds))[0]
         self.images, self.size = self.images + len(seeds), (images.shape[-2], images.shape[-1])
         self.denoiser_calls += gate.calls
         if not hasattr(self.pipeline, "image_processor"):  # which is what turns [−1, 1] into [0, 1]

@@ -50,7 +50,11 @@ class Space(Protocol):
         ...
 
     def apply(self, x: Tensor, conditioning: Conditioning, *, full: bool) -> tuple[Conditioning, Tensor]:
-        """Changed inputs of q candidates x (q, D) for a conditioning of one prompt, and their penalties (q,) ≥ 0."""
+        """Changed inputs of q candidates x (q, D) for B prompts, and their penalties (B,) ≥ 0.
+
+        B is a multiple of q, the prompts of a candidate together, or 1: then every candidate gets that prompt, and q
+        rows come back.
+        """
         ...
 
     def learned(self, x: Tensor, *, full: bool) -> dict[str, Tensor]:

@@ -28,8 +28,9 @@ class SeedSpace:
         return Coordinates(torch.zeros(0), torch.zeros(0), torch.zeros(0))
 
     def apply(self, x: Tensor, conditioning: Conditioning, *, full: bool) -> tuple[Conditioning, Tensor]:
-        """The conditioning once for each row of x (q, 0), and no penalty."""
-        return conditioning.expand(len(x)), torch.zeros(len(x))
+        """The conditioning, one row at least for each row of x (q, 0), and no penalty."""
+        rows = conditioning.expand(len(x))
+        return rows, torch.zeros(len(rows))
 
     def learned(self, x: Tensor, *, full: bool) -> dict[str, Tensor]:
         """Nothing."""

@@ -7,6 +7,10 @@ encoder's width d, Z holds the coefficients of M tokens, θ1 and θ2 are the ang
     T = concat(V_pre, f(C), V_suf)                      equation (2)
     V = R2(θ2) R1(θ1) E Z                               equations (6) and (7)
     p_conf = ‖ mean_j T_j − mean_k f(C)_k ‖₂²            equation (11)
+
+IPGO+ (version 2 of the paper): before they are inserted, the tokens attend to the prompt by cross-attention without
+parameters, V ← V + softmax(V f(C)ᵀ / √d) f(C) with a token in each row of V and a state in each row of f(C). The sum
+with V is ours: what is attended to alone hardly depends on tokens of a small norm (docs/transfer.md).
 """
 
 from __future__ import annotations
@@ -44,6 +48,7 @@ class TokenShape:
             for each of the M tokens (all M·N coefficients are free), a bias, and a pair of angles for each token.
         scale: factor on the tokens (1 in the paper). Text encoders differ in the norm of their states.
         spread: Z starts uniform in [−spread, spread] (1 in the released code).
+        attend: whether the tokens attend to the prompt before they are inserted (IPGO+).
         rotation: whether R1 and R2 are there; without them V = E Z.
         orthonormal: whether E stays orthonormal; if not, it starts so and every entry of it is free.
         bounded: whether Z stays in [−1, 1] and θ in [−π, π].
@@ -56,6 +61,7 @@ class TokenShape:
     layout: str = "shared"
     scale: float = 1.0
     spread: float = 1.0
+    attend: bool = False
     rotation: bool = True
     orthonormal: bool = True
     bounded: bool = True
@@ -109,6 +115,39 @@ def orthonormal(directions: Tensor) -> Tensor:
     """
     Q, R = torch.linalg.qr(directions.double())
     return torch.where(R.diagonal() < 0, -Q, Q).float()
+
+
+def inserted(
+    tokens: dict[str, Tensor], conditioning: Conditioning, *, attend: bool = False, strength: Tensor | None = None
+) -> Conditioning:
+    """T of equation (2): tokens (q, M, d), by side, around encoded prompts.
+
+    Args:
+        tokens: "prefix", "suffix" or both.
+        conditioning: prompts in B rows, B a multiple of q: those of one set of tokens stand together.
+        attend: whether what the tokens attend to in each prompt is added to them first (IPGO+).
+        strength: factors (q,) on what is inserted; None for 1.
+
+    """
+    placed = {}
+    for name, V in tokens.items():
+        each = len(conditioning) // len(V)
+        V = V.to(conditioning.prompt_embeds).repeat_interleave(each, 0)
+        if attend:
+            V = attended(V, conditioning)
+        if strength is not None:
+            V = V * strength.to(V).repeat_interleave(each)[:, None, None]
+        placed[name] = V
+    return conditioning.insert(placed.get("prefix"), placed.get("suffix"))
+
+
+def attended(V: Tensor, conditioning: Conditioning) -> Tensor:
+    """V + softmax(V f(C)ᵀ / √d) f(C) of tokens V (B, M, d) over the states of each prompt that the denoiser reads."""
+    states = conditioning.prompt_embeds
+    logits = V @ states.mT / math.sqrt(states.shape[-1])
+    if conditioning.mask is not None:
+        logits = logits.masked_fill(conditioning.mask[:, None] == 0, -math.inf)
+    return V + logits.softmax(-1) @ states
 
 
 class _Side:
@@ -230,10 +269,20 @@ class TokenSpace:
         """The tokens V (q, M, d) of vectors x (q, D), by side ("prefix", "suffix"; empty sides are absent)."""
         return {name: self.sides[name].V(*part) for name, part in self._split(x, full).items()}
 
+    def angles(self, x: Tensor, *, full: bool) -> dict[str, Tensor]:
+        """θ1 and θ2 (q, 2, 1 or M) of vectors x (q, D), by side."""
+        return {
+            name: coefficients[:, -2 * self.sides[name].angles :].view(len(x), 2, -1)
+            for name, (_, coefficients) in self._split(x, full).items()
+        }
+
     def apply(self, x: Tensor, conditioning: Conditioning, *, full: bool) -> tuple[Conditioning, Tensor]:
-        """T of equation (2) for q candidates x (q, D) and one encoded prompt, and p_conf (q,) of equation (11)."""
-        V = {name: tokens.to(conditioning.prompt_embeds) for name, tokens in self.tokens(x, full=full).items()}
-        T = conditioning.expand(len(x)).insert(V.get("prefix"), V.get("suffix"))
+        """T of equation (2) for q candidates x (q, D) and B encoded prompts, and p_conf (B,) of equation (11).
+
+        B is a multiple of q, or 1 for the same prompt with every candidate; a candidate's prompts stand together.
+        """
+        conditioning = conditioning.expand(len(x))
+        T = inserted(self.tokens(x, full=full), conditioning, attend=self.shape.attend)
         p_conf = (T.mean() - conditioning.mean()).float().square().sum(-1)
         return T, p_conf
 
