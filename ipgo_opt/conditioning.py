@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,6 +21,10 @@ class Conditioning:
         mask: which states of the prompt the denoiser reads, (B, L), not 0 where it does, in one run per row; None: all.
         negative_mask: the same of the unconditional half, (B, L').
         fixed_length: whether the denoiser reads exactly L states, so that inserted ones take the place of the last.
+        noise: starting noise of each row on each of S seeds, (B, S, …), as the pipeline takes it under `latents`; None:
+            the pipeline draws that of the seed.
+        adapter: weights that are added to linear layers of the denoiser, by the layer's name: A (B, r, in) and
+            B (B, out, r), of which each row adds B A; empty: the model as it is.
 
     """
 
@@ -29,25 +34,38 @@ class Conditioning:
     mask: Tensor | None = None
     negative_mask: Tensor | None = None
     fixed_length: bool = False
+    noise: Tensor | None = None
+    adapter: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompt_embeds)
 
     def repeat(self, times: int) -> Conditioning:
-        """Every row `times` times in a row: (B · times, …)."""
-        return self.map(lambda tensor: tensor.repeat_interleave(times, 0))
+        """Every row `times` times in a row, (B · times, …); noise for that many seeds becomes (B · times, 1, …)."""
+        repeated = replace(self, noise=None).map(lambda tensor: tensor.repeat_interleave(times, 0))
+        if self.noise is None:
+            return repeated
+        seeds = self.noise.expand(-1, times, *self.noise.shape[2:])
+        return replace(repeated, noise=seeds.flatten(0, 1)[:, None])
 
     def expand(self, size: int) -> Conditioning:
         """A batch of one, as a batch of `size` (no memory is copied)."""
         return self.map(lambda tensor: tensor.expand(size, *tensor.shape[1:]))
 
+    @classmethod
+    def joined(cls, parts: Sequence[Conditioning]) -> Conditioning:
+        """Conditionings of the same shapes, one after the other."""
+        rows = iter(zip(*(_tensors(part) for part in parts), strict=True))
+        return parts[0].map(lambda _: torch.cat(next(rows)))
+
     def map(self, function) -> Conditioning:  # type: ignore[no-untyped-def]
         """Applies `function` to every tensor."""
-        single = ("prompt_embeds", "negative_prompt_embeds", "mask", "negative_mask")
+        single = ("prompt_embeds", "negative_prompt_embeds", "mask", "negative_mask", "noise")
         present = {name: getattr(self, name) for name in single if getattr(self, name) is not None}
         return replace(
             self,
             extra={name: function(tensor) for name, tensor in self.extra.items()},
+            adapter={name: (function(A), function(B)) for name, (A, B) in self.adapter.items()},
             **{name: function(tensor) for name, tensor in present.items()},
         )
 
@@ -92,6 +110,18 @@ class Conditioning:
             mask=_lengthened(self.mask, length),
             negative_mask=_lengthened(self.negative_mask, length),
         )
+
+
+def _tensors(conditioning: Conditioning) -> list[Tensor]:
+    """Every tensor, in the order of `Conditioning.map`."""
+    found: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    conditioning.map(keep)
+    return found
 
 
 def _places(mask: Tensor, before: int, after: int) -> Tensor:

@@ -67,6 +67,7 @@ class Loop:
         raw: mean score of the raw prompt on the first `search_seeds` seeds.
         seed_reward: mean score of the raw prompt on the chosen seeds.
         best, best_x: best mean score and its point; None is the raw prompt.
+        best_seeds: the seeds that it was scored on.
 
     """
 
@@ -79,6 +80,7 @@ class Loop:
         self.raw = self.seed_reward = self.best = -math.inf
         self.worst = math.inf
         self.best_x: Tensor | None = None
+        self.best_seeds: list[int] = []
         self.started = time.monotonic()
 
     @property
@@ -106,10 +108,17 @@ class Loop:
     def step(self, strategy: Strategy) -> None:
         """Asks, evaluates, records and tells."""
         x = strategy.ask()
-        made = self.objective(x, self.seeds, gradient=strategy.uses_gradient)
-        self._record(x, made)
+        seeds = self.fresh_seeds(len(x)) if self.config.strategy == "policy" else self.seeds
+        made = self.objective(x, seeds, gradient=strategy.uses_gradient)
+        self._record(x, made, [[seed] for seed in seeds] if self.config.strategy == "policy" else [seeds] * len(x))
         value, gradient = self._told(made)
         strategy.tell(x, value, gradient)
+        self.objective.reuse(strategy, value)
+
+    def fresh_seeds(self, q: int) -> list[int]:
+        """Seeds that nothing was scored on yet, one for each of q samples of a policy."""
+        first = self.config.seed + self.config.tried_seeds + (self.evaluation - 1) * q
+        return list(range(first, first + q))
 
     def try_seeds(self) -> None:
         """Evaluates the raw prompt on the next seeds; after the last ones, evaluation 0 is done."""
@@ -127,7 +136,8 @@ class Loop:
         self.raw = math.fsum(self.raw_scores[:S]) / S
         bests = [self._best_raw(max(S, tried + k + 1)) for k in range(len(seeds))]
         self.best = self.seed_reward = bests[-1]
-        self._write(made, seeds, bests)
+        self.best_seeds = self.seeds
+        self._write(made, [seeds], bests)
         self.evaluation = int(len(self.raw_scores) == self.config.tried_seeds)
 
     def _best_raw(self, tried: int) -> float:
@@ -135,24 +145,24 @@ class Loop:
         S = self.config.search_seeds
         return math.fsum(sorted(self.raw_scores[:tried], reverse=True)[:S]) / S
 
-    def _record(self, x: Tensor, made: Evaluation) -> None:
-        """Keeps the best candidate and writes an evaluation to the history."""
+    def _record(self, x: Tensor, made: Evaluation, seeds: list[list[int]]) -> None:
+        """Keeps the best candidate and writes an evaluation to the history; `seeds` are those of each candidate."""
         bests = []
         for k in range(len(made.scores)):
             reward = float(made.scores[k].mean())
             if math.isfinite(reward) and reward > self.best:
-                self.best, self.best_x = reward, x[k].clone()
-                self.store.write_image("best.png", made.images[k * len(self.seeds)])
-            bests += [self.best] * len(self.seeds)
-        self._write(made, self.seeds, bests)
+                self.best, self.best_x, self.best_seeds = reward, x[k].clone(), seeds[k]
+                self.store.write_image("best.png", made.images[k * len(seeds[k])])
+            bests += [self.best] * len(seeds[k])
+        self._write(made, seeds, bests)
         self.evaluation += 1
 
-    def _write(self, made: Evaluation, seeds: list[int], bests: list[float]) -> None:
+    def _write(self, made: Evaluation, seeds: list[list[int]], bests: list[float]) -> None:
         """A line for each image; `bests` holds the best reward after each."""
         seconds = round(self.seconds + time.monotonic() - self.started, 3)
         records: list[dict[str, Any]] = []
         for k in range(len(made.scores)):
-            for s, seed in enumerate(seeds):
+            for s, seed in enumerate(seeds[k]):
                 entry = {
                     "image": len(self.history) + len(records),
                     "evaluation": self.evaluation,
@@ -162,7 +172,7 @@ class Loop:
                     "parts": {name: finite(part[k, s]) for name, part in made.parts.items()},
                     "judge": None if made.judge is None else finite(made.judge[k, s]),
                     "penalty": finite(made.penalty[k]),
-                    "best": finite(bests[k * len(seeds) + s]),
+                    "best": finite(bests[len(records)]),
                     "seconds": seconds,
                 }
                 records.append(entry)
@@ -193,7 +203,7 @@ class Loop:
         return {
             "lines": len(self.history), "evaluation": self.evaluation, "failures": self.failures,
             "raw_scores": list(self.raw_scores), "raw": self.raw, "seed_reward": self.seed_reward,
-            "best": self.best, "best_x": self.best_x, "worst": self.worst,
+            "best": self.best, "best_x": self.best_x, "best_seeds": list(self.best_seeds), "worst": self.worst,
             "seconds": self.seconds + time.monotonic() - self.started,
             "images": sampler.images, "denoiser_calls": sampler.denoiser_calls,
         }  # fmt: skip
@@ -202,7 +212,8 @@ class Loop:
         """Restores `state_dict` and cuts the history back to it."""
         self.history = self.store.cut_history(state["lines"])
         for name in (
-            "evaluation", "failures", "raw_scores", "raw", "seed_reward", "best", "best_x", "worst", "seconds"
+            "evaluation", "failures", "raw_scores", "raw", "seed_reward", "best", "best_x", "best_seeds", "worst",
+            "seconds",
         ):  # fmt: skip
             setattr(self, name, state[name])
         self.objective.sampler.images, self.objective.sampler.denoiser_calls = state["images"], state["denoiser_calls"]

@@ -23,7 +23,9 @@ from ipgo_opt.config import FIRST_HELD_OUT_SEED, RunConfig, check, check_device,
 from ipgo_opt.errors import BadInput, RunFailed
 from ipgo_opt.loop import Loop, Reporter, finite
 from ipgo_opt.models import EMBEDDED, load_pipeline, make_sampler
+from ipgo_opt.models.adapter import peft_files
 from ipgo_opt.objective import Evaluation, Objective
+from ipgo_opt.policy import PolicyObjective
 from ipgo_opt.rewards import JUDGES
 from ipgo_opt.rewards.base import Reward, RewardFailed, Term, WeightedSum, prepare, shown
 from ipgo_opt.rewards.custom import from_object
@@ -251,7 +253,7 @@ def _prepare(config: RunConfig, custom: Reward | None, loaded: dict[Any, Any]) -
         if custom is None
         else WeightedSum([Term(1, config.reward)], [custom])
     )
-    if strategy_class.uses_gradient and not reward.differentiable:
+    if strategy_class.uses_gradient and config.strategy != "policy" and not reward.differentiable:
         raise BadInput(
             f"strategy {config.strategy!r} needs a differentiable reward, but {shown(config.reward)} is not."
         )
@@ -289,10 +291,11 @@ def _execute(
         coordinates.start, coordinates.lower, coordinates.upper, max(steps, 1) * config.batch_size, config.batch_size,
         config.seed,
     )  # fmt: skip
-    options = [config.gradient_options()] if config.strategy == "gradient" else []
+    options = [config.gradient_options()] if full else []
     strategy: Strategy = strategy_class(problem, *options)
 
-    loop = Loop(config, store, reporter, Objective(config, sampler, reward, judge, space, full))
+    objective = PolicyObjective if config.strategy == "policy" else Objective
+    loop = Loop(config, store, reporter, objective(config, sampler, reward, judge, space, full))
     state = store.load_checkpoint()
     if state is None:
         store.cut_history(0)
@@ -369,22 +372,24 @@ def _verdict(loop: Loop, reward: WeightedSum, judge: Reward | None) -> dict[str,
         **searched,
         "seconds": round(loop.seconds + time.monotonic() - loop.started, 2),
         "raw_reward": finite(loop.raw),
-        "seeds": loop.seeds,
+        "seeds": loop.best_seeds,
         "seed_reward": finite(loop.seed_reward),
         "search_reward": loop.best,
         "held_out": held_out,
         "judge": verdict,
+        **({} if loop.best_x is None else objective.space.described(loop.best_x, full=objective.full)),
         "failed": sum(record["reward"] is None for record in loop.history),
         "out": str(loop.store.folder),
     }
 
 
 def _write_best(loop: Loop, space: Any) -> None:
-    """best.safetensors: the tokens and the embeddings that a diffusers pipeline takes as they are."""
+    """best.safetensors: what was learned and what a diffusers pipeline takes as it is; adapter/: weights as of peft."""
     config, objective = loop.config, loop.objective
     x = None if loop.best_x is None else loop.best_x[None]
     with torch.no_grad():
-        tensors = objective.sampler.tensors(objective.applied(x)[0])
+        best = objective.applied(x, loop.best_seeds[:1])[0]
+        tensors = objective.sampler.tensors(best)
         if x is not None:
             tensors |= {"x": x[0], **space.learned(x[0], full=objective.full)}
     settings = objective.sampler.settings
@@ -399,10 +404,14 @@ def _write_best(loop: Loop, space: Any) -> None:
         "guidance_scale": settings.guidance_scale,
         "height": objective.sampler.size[0],
         "width": objective.sampler.size[1],
-        "seed": loop.seeds[0],
+        "eta": settings.eta,
+        "seed": loop.best_seeds[0],
         "reward": shown(config.reward),
         "ipgo_opt": __version__,
     }
+    for name, data in (peft_files(best.adapter, config.model) if best.adapter else {}).items():
+        (loop.store.folder / "adapter").mkdir(exist_ok=True)
+        loop.store.write_bytes(f"adapter/{name}", data)
     loop.store.write_tensors("best.safetensors", tensors, {key: str(value) for key, value in metadata.items()})
 
 

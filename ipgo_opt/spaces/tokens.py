@@ -21,7 +21,7 @@ from torch.nn.utils.parametrizations import orthogonal
 
 from ipgo_opt.conditioning import Conditioning
 from ipgo_opt.errors import BadInput
-from ipgo_opt.spaces.base import Coordinates
+from ipgo_opt.spaces.base import Coordinates, Space
 from ipgo_opt.spaces.directions import starting
 
 if TYPE_CHECKING:
@@ -147,7 +147,16 @@ class _Side:
         return self.shape.scale * rotate_shifted_pairs(rotate_pairs(V, theta1), theta2)
 
 
-class TokenSpace:
+def inserted(tokens: dict[str, Tensor], conditioning: Conditioning) -> tuple[Conditioning, Tensor]:
+    """T of equation (2) and p_conf (q,) of equation (11), for tokens (q, M, d) by side and one encoded prompt."""
+    V = {name: side.to(conditioning.prompt_embeds) for name, side in tokens.items()}
+    q = len(next(iter(V.values())))
+    T = conditioning.expand(q).insert(V.get("prefix"), V.get("suffix"))
+    p_conf = (T.mean() - conditioning.mean()).float().square().sum(-1)
+    return T, p_conf
+
+
+class TokenSpace(Space):
     """Prefix and suffix tokens around an encoded prompt.
 
     The full vector is (X_pre, Z_pre, θ_pre, X_suf, Z_suf, θ_suf), where E = orthogonal(X) by torch's parametrization;
@@ -219,10 +228,7 @@ class TokenSpace:
 
     def apply(self, x: Tensor, conditioning: Conditioning, *, full: bool) -> tuple[Conditioning, Tensor]:
         """T of equation (2) for q candidates x (q, D) and one encoded prompt, and p_conf (q,) of equation (11)."""
-        V = {name: tokens.to(conditioning.prompt_embeds) for name, tokens in self.tokens(x, full=full).items()}
-        T = conditioning.expand(len(x)).insert(V.get("prefix"), V.get("suffix"))
-        p_conf = (T.mean() - conditioning.mean()).float().square().sum(-1)
-        return T, p_conf
+        return inserted(self.tokens(x, full=full), conditioning)
 
     def learned(self, x: Tensor, *, full: bool) -> dict[str, Tensor]:
         """The tokens "prefix" and "suffix" (M, d) of a point x (D,) and their bases "basis.prefix", … (d, N)."""
