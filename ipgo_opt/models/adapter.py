@@ -6,8 +6,8 @@ Every row of a batch may have weights of its own, and gradients reach them.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -75,12 +75,12 @@ class Adapted:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.stack.close()
 
-    def _hooks(self) -> AbstractContextManager[Any]:
-        hooks = ExitStack()
-        for name, (A, B) in self.adapter.items():
-            handle = self.model.get_submodule(name).register_forward_hook(_added(A, B))
-            hooks.callback(handle.remove)
-        return hooks
+    @contextmanager
+    def _hooks(self) -> Iterator[None]:
+        with ExitStack() as hooks:
+            for name, (A, B) in self.adapter.items():
+                hooks.callback(self.model.get_submodule(name).register_forward_hook(_added(A, B)).remove)
+            yield
 
     def _again(self, _: Callable[..., Any]) -> Callable[..., Any]:
         """Gradient checkpointing whose second pass has the adapter on."""
