@@ -236,7 +236,7 @@ SPACE_DEFAULTS: dict[str, dict[str, Any]] = {
 and 8 words; DRaFT's step for SD 1.4, constant."""
 
 EMBEDDED_SPACE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
-    "emoji": {},
+    "emoji": {"lora": {"learning_rate": 1e-2}, "hard-tokens": {"suffix": 2}},
 }
 """The same by embedded model, where the paper's values were made for a model of another size."""
 

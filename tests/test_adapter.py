@@ -86,7 +86,7 @@ def explicit(x: Tensor, K: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("K", [1, 2, 4])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_gradient_is_that_of_a_peft_model(K, checkpointing):
-    """DRaFT-K, both halves of guidance; with gradient checkpointing as well, whose second pass comes after the images."""
+    """DRaFT-K, both halves of guidance; also with gradient checkpointing, whose second pass is later."""
     sampler = Sampler(tiny.pipeline(DOUBLE, "DDIMScheduler"), tiny.settings(grad_steps=K))
     if checkpointing:
         sampler.pipeline.unet.enable_gradient_checkpointing()

@@ -54,7 +54,9 @@ def test_the_penalty_is_the_chi_distributions(n):
     """−log p(‖ε‖), up to the constant that makes its least value 0, which it has at √(n − 1)."""
     mode = math.sqrt(n - 1)
     norms = np.array([0.5, 0.9, 1.0, 1.05, 2.0]) * mode
-    direction = torch.nn.functional.normalize(torch.randn(n, generator=torch.Generator().manual_seed(0)).double(), dim=0)
+    direction = torch.nn.functional.normalize(
+        torch.randn(n, generator=torch.Generator().manual_seed(0)).double(), dim=0
+    )
     noise = torch.tensor(norms)[:, None, None] * direction
     got = norm_penalty(noise)[:, 0]
     expected = stats.chi.logpdf(mode, n) - stats.chi.logpdf(norms, n)
@@ -101,9 +103,7 @@ def test_all_steps_are_differentiated(tiny_folder):
     """By default; fewer are refused."""
     settings = tiny.RUN | {"budget": 4, "held_out": 0}
     with pytest.raises(BadInput, match="grad_steps=1, num_inference_steps=3"):
-        optimize(
-            "a fox", reward=tiny.Redness(), model=str(tiny_folder), space="noise", grad_steps=1, **settings
-        )
+        optimize("a fox", reward=tiny.Redness(), model=str(tiny_folder), space="noise", grad_steps=1, **settings)
 
 
 def test_a_search_without_a_gradient_is_refused(tiny_folder):

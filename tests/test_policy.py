@@ -304,6 +304,12 @@ def test_it_learns(tiny_folder):
 )
 def test_what_does_not_go_together_is_refused(tiny_folder, tmp_path, wrong, rule):
     with pytest.raises(BadInput, match=rule) as caught:
-        optimize("a fox", reward=Opaque(), model=str(tiny_folder), out=tmp_path / "run", **({"budget": 20} | SETTINGS | wrong))
+        optimize(
+            "a fox",
+            reward=Opaque(),
+            model=str(tiny_folder),
+            out=tmp_path / "run",
+            **({"budget": 20} | SETTINGS | wrong),
+        )
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()

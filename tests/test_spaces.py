@@ -173,7 +173,9 @@ def test_the_model_is_left_as_it_was(name, sampler, broken):
     """After images with a gradient, and after an exception in the middle of one."""
     made, pipe = make(name, sampler), sampler.pipeline
     raw = sampler.generate(sampler.encode("a fox"), [0])
-    before = [{key: value.clone() for key, value in part.state_dict().items()} for part in (pipe.unet, pipe.text_encoder)]
+    before = [
+        {key: value.clone() for key, value in part.state_dict().items()} for part in (pipe.unet, pipe.text_encoder)
+    ]
     x = points(made, 2)[1:].requires_grad_()
     out, _ = made.apply(x, given(made, sampler, [0]), full=True)
     if broken:
