@@ -236,9 +236,9 @@ SPACE_DEFAULTS: dict[str, dict[str, Any]] = {
 and 8 words; DRaFT's step for SD 1.4, constant."""
 
 EMBEDDED_SPACE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
-    "emoji": {"lora": {"learning_rate": 1e-2}, "hard-tokens": {"suffix": 2}},
+    "emoji": {"lora": {"learning_rate": 1e-2}, "noise": {"learning_rate": 20.0}},
 }
-"""The same by embedded model, where the paper's values were made for a model of another size."""
+"""The same by embedded model: its adapter is smaller, and its noise bears longer steps (docs/methods.md)."""
 
 NOISE_SPACES = ("noise", "tokens+noise")
 """Spaces that the gradient reaches through every sampler step."""

@@ -104,7 +104,7 @@ def test_a_replay_tells_the_probabilities(chunk):
     space = lora(made)
     start = space.coordinates(full=True).start.expand(3, -1)
     encoded = made.encode("a fox")
-    images, trajectories = sampled(made, space.apply(start, encoded, full=True)[0], SEEDS)
+    _, trajectories = sampled(made, space.apply(start, encoded, full=True)[0], SEEDS)
     assert [len(trajectory.seeds) for trajectory in trajectories] == ([3] if chunk == 8 else [2, 1])
     counted = made.images, made.denoiser_calls
     other = start + 0.3 * torch.randn(start.shape, generator=torch.Generator().manual_seed(0))
