@@ -9,7 +9,7 @@ fixed text, by which another encoder is recognized. Metadata: see `write_conditi
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ipgo_opt import __version__
 from ipgo_opt.errors import BadInput
+from ipgo_opt.models.adapter import peft_files
 from ipgo_opt.rewards.base import shown
 from ipgo_opt.store import read_tensors, to_pil, write_tensors
 
@@ -52,10 +53,12 @@ def fingerprint(sampler: Sampler) -> Tensor:
 
 @torch.no_grad()
 def write_conditioning(search: Search, sampler: Sampler, space: Any, *, full: bool) -> None:
-    """best.safetensors and, made from it alone, best.png."""
+    """best.safetensors and, made from it alone, best.png; of adapter weights also adapter/, as peft saves them."""
     config, (prompt, seed) = search.config, search.shown()
     conditioning, learned = sampler.encode(prompt), {}
     if search.best_x is not None:
+        if space.needs_noise:
+            conditioning = replace(conditioning, noise=sampler.noise([seed])[None])
         conditioning, _ = space.apply(search.best_x[None], conditioning, full=full)
         learned = {"x": search.best_x, **space.learned(search.best_x, full=full)}
     image = sampler.generate(conditioning, [seed])[0]
@@ -76,12 +79,16 @@ def write_conditioning(search: Search, sampler: Sampler, space: Any, *, full: bo
         "true_cfg_scale": settings.true_cfg_scale,
         "height": sampler.size[0],
         "width": sampler.size[1],
+        "eta": settings.eta,
         "seed": seed,
         "space": config.space,
         "reward": shown(config.reward),
         "ipgo_opt": __version__,
         **versions(),
     }
+    for name, data in (peft_files(conditioning.adapter, config.model) if conditioning.adapter else {}).items():
+        (search.store.folder / "adapter").mkdir(exist_ok=True)
+        search.store.write_bytes(f"adapter/{name}", data)
     tensors = sampler.tensors(conditioning) | learned | {"encoder": fingerprint(sampler)}
     search.store.write_tensors("best.safetensors", tensors, {key: str(value) for key, value in metadata.items()})
 
@@ -144,6 +151,11 @@ class ConditioningFile:
         from ipgo_opt.models.sampler import Sampler, SamplerSettings
 
         about = self.metadata
+        if any(name.endswith(".lora_A") for name in self.tensors):
+            raise BadInput(
+                f"{str(self.path)!r} is of adapter weights, not of a conditioning: load the run's adapter/ with "
+                "load_lora_weights."
+            )
         made_by, given = about.get("pipeline", type(pipe).__name__), type(pipe).__name__
         if made_by != given:
             raise BadInput(f"{str(self.path)!r} is for a {made_by}, but got a {given}.")
@@ -151,7 +163,7 @@ class ConditioningFile:
         settings = SamplerSettings(
             int(about["num_inference_steps"]), float(about["guidance_scale"]), int(about["height"]),
             int(about["width"]), negative_prompt=about.get("negative_prompt", ""),
-            true_cfg_scale=float(about.get("true_cfg_scale", 1.0)),
+            true_cfg_scale=float(about.get("true_cfg_scale", 1.0)), eta=float(about.get("eta", 0.0)),
         )  # fmt: skip
         sampler = Sampler(pipe, settings)
         pipe.set_progress_bar_config(**{"disable": False} | shown_progress)
@@ -161,6 +173,8 @@ class ConditioningFile:
         if missing:
             raise BadInput(f"a {given} needs {missing[0]!r}, which {str(self.path)!r} lacks.")
         tensors = {name: self.tensors[name].to(like) for name, like in needed.items()}
+        if "latents" in self.tensors:
+            tensors["latents"] = self.tensors["latents"].to(needed["prompt_embeds"])
         return (
             sampler.packed(tensors)
             | sampler.arguments([int(about["seed"])])

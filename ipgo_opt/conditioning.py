@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SINGLE = ("prompt_embeds", "negative_prompt_embeds", "mask", "negative_mask")
+SINGLE = ("prompt_embeds", "negative_prompt_embeds", "mask", "negative_mask", "noise")
 """The tensors that are no part of `extra`."""
 
 
@@ -25,6 +25,10 @@ class Conditioning:
         mask: which states of the prompt the denoiser reads, (B, L), not 0 where it does, in one run per row; None: all.
         negative_mask: the same of the unconditional half, (B, L').
         fixed_length: whether the denoiser reads exactly L states, so that inserted ones take the place of the last.
+        noise: starting noise of each row on each of S seeds, (B, S, …), as the pipeline takes it under `latents`; None:
+            the pipeline draws that of the seed.
+        adapter: weights that are added to linear layers of the denoiser, by the layer's name: A (B, r, in) and
+            B (B, out, r), of which each row adds B A; empty: the model as it is.
 
     """
 
@@ -34,13 +38,19 @@ class Conditioning:
     mask: Tensor | None = None
     negative_mask: Tensor | None = None
     fixed_length: bool = False
+    noise: Tensor | None = None
+    adapter: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompt_embeds)
 
     def repeat(self, times: int) -> Conditioning:
-        """Every row `times` times in a row: (B · times, …)."""
-        return self.map(lambda tensor: tensor.repeat_interleave(times, 0))
+        """Every row `times` times in a row, (B · times, …); noise for that many seeds becomes (B · times, 1, …)."""
+        repeated = replace(self, noise=None).map(lambda tensor: tensor.repeat_interleave(times, 0))
+        if self.noise is None:
+            return repeated
+        seeds = self.noise.expand(-1, times, *self.noise.shape[2:])
+        return replace(repeated, noise=seeds.flatten(0, 1)[:, None])
 
     def expand(self, size: int) -> Conditioning:
         """A batch of one, as a batch of `size` (no memory is copied); a multiple of `size` rows stay as they are."""
@@ -72,6 +82,7 @@ class Conditioning:
         return replace(
             self,
             extra={name: function(tensor) for name, tensor in self.extra.items()},
+            adapter={name: (function(A), function(B)) for name, (A, B) in self.adapter.items()},
             **{name: function(tensor) for name, tensor in present.items()},
         )
 

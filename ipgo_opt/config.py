@@ -31,6 +31,8 @@ FIRST_VALIDATION_SEED = 9_000_000
 
 MOST_STRENGTH = 1.5
 """Largest factor on learned tokens when they are applied; the smallest is 0."""
+GRADIENT_STRATEGIES = ("gradient", "policy")
+"""Strategies that are told gradients; the others are black boxes."""
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -62,21 +64,29 @@ class RunConfig:
         true_cfg_scale: weight of classifier-free guidance on top, in pipelines whose guidance is a distilled one.
         height, width: image size in pixels; 0 for the model's own.
         scheduler: a diffusers scheduler class, "" for the model's own.
+        eta: η of DDIM, the share of fresh noise in every step, 0 to 1.
         negative_prompt: prompt of the unconditional half.
-        grad_steps: K, last steps that are differentiated.
+        grad_steps: K, last steps that are differentiated; all of them where the noise is searched.
+        lv_samples: DRaFT-LV's n, noisier copies of each image whose last step lowers the gradient's variance.
         gamma: weight γ of the conformity penalty, equation (12).
         prefix, suffix: numbers of tokens M_pre and M_suf.
         basis: what E spans at the start: "random", "states" (principal directions of the encoder's states of its own
             words) or the folder of a finished run, whose learned tokens come first.
         basis_size: number N of basis vectors.
         layout: "shared" (equations 6, 7) or "per_token" (the released code's count of parameters).
+        rank: of the adapter's matrices.
+        lora_targets: endings of the names of the layers that get an adapter, separated by commas.
+        noise_weight: factor on the noise's penalty beside the tokens'; with γ it is ReNO's 0.01.
         scale: factor on the inserted tokens.
         spread: Z starts uniform in [−spread, spread].
         rotation: whether the tokens are rotated by R1 and R2.
         constraints: which of the paper's constraints hold, of "value", "conformity" and "orthonormality", separated by
             commas, or "none".
         attend: whether the tokens attend to the prompt before they are inserted (IPGO+).
-        learning_rate, decay, decay_every, max_grad_norm: Adam's schedule and clipping.
+        learning_rate, decay, decay_every, max_grad_norm: the gradient's schedule and clipping.
+        optimizer: of the gradient: "adam" or "nesterov".
+        inner_updates: DDPO's updates from one batch of images.
+        clip_range: how far DDPO's importance ratio may be from 1.
         batch_size: candidates per step of a black-box strategy.
         chunk: most images per pipeline call.
         patience: evaluations (of shared tokens: validations) in a row without a better one after which a search stops;
@@ -116,14 +126,19 @@ class RunConfig:
     height: int = 0
     width: int = 0
     scheduler: str = "LMSDiscreteScheduler"
+    eta: float = 0.0
     negative_prompt: str = ""
     grad_steps: int = 1
+    lv_samples: int = 0
     gamma: float = 1e-3
     prefix: int = 10
     suffix: int = 10
     basis: str = "random"
     basis_size: int = 30
     layout: str = "shared"
+    rank: int = 6
+    lora_targets: str = "to_q,to_v"
+    noise_weight: float = 10.0
     scale: float = 1.0
     spread: float = 1.0
     rotation: bool = True
@@ -133,6 +148,9 @@ class RunConfig:
     decay: float = 0.9
     decay_every: int = 10
     max_grad_norm: float = 1.0
+    optimizer: str = "adam"
+    inner_updates: int = 2
+    clip_range: float = 1e-4
     batch_size: int = 1
     chunk: int = 8
     patience: int = 0
@@ -157,7 +175,7 @@ class RunConfig:
     def memory_levers(self) -> tuple[str, ...]:
         """The levers to pull; BadInput for one that does not exist or does not go with the strategy."""
         levers = memory.parse(self.memory, low=self.low_memory)
-        if self.strategy == "gradient" and memory.NO_GRADIENT & set(levers):
+        if self.strategy in GRADIENT_STRATEGIES and memory.NO_GRADIENT & set(levers):
             raise BadInput(f"memory lever {min(memory.NO_GRADIENT & set(levers))!r} does not go with a gradient.")
         return levers
 
@@ -202,11 +220,15 @@ class RunConfig:
             )
         return named
 
+    def layer_names(self) -> list[str]:
+        """The endings of the names of the layers that get an adapter."""
+        return [name.strip() for name in self.lora_targets.split(",") if name.strip()]
+
     def gradient_options(self) -> GradientOptions:
-        """The settings of the gradient strategy."""
+        """The settings of the strategies that follow a gradient."""
         from ipgo_opt.strategies.gradient import GradientOptions
 
-        return GradientOptions(self.learning_rate, self.decay, self.decay_every, self.max_grad_norm)
+        return GradientOptions(self.learning_rate, self.decay, self.decay_every, self.max_grad_norm, self.optimizer)
 
     def sampler_settings(self) -> SamplerSettings:
         """How images are made."""
@@ -214,7 +236,7 @@ class RunConfig:
 
         return SamplerSettings(
             self.num_inference_steps, self.guidance_scale, self.height, self.width, self.grad_steps,
-            self.negative_prompt, self.true_cfg_scale,
+            self.negative_prompt, self.true_cfg_scale, self.eta,
         )  # fmt: skip
 
 
@@ -274,6 +296,30 @@ MOST_VALIDATION = 12
 BLACK_BOX_SCALES = {"emoji": 4.0}
 """Factor on the tokens for black boxes, by model: the states of its text encoder are that large."""
 
+SPACE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "embedding": {},
+    "noise": {"optimizer": "nesterov", "learning_rate": 5.0, "max_grad_norm": 0.1, "decay": 1.0},
+    "tokens+noise": {"decay": 1.0},
+    "hard-tokens": {"learning_rate": 0.1, "decay": 1.0, "prefix": 0, "suffix": 8},
+    "lora": {"learning_rate": 4e-4, "decay": 1.0},
+}
+"""What a space wants that a gradient searches, by the papers: ReNO's momentum, step and clipping (its code); PEZ's step
+and 8 words; DRaFT's step for SD 1.4, constant."""
+
+EMBEDDED_SPACE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "emoji": {"lora": {"learning_rate": 1e-2}, "noise": {"learning_rate": 20.0}},
+}
+"""The same by embedded model: its adapter is smaller, and its noise bears longer steps (docs/methods.md)."""
+
+NOISE_SPACES = ("noise", "tokens+noise")
+"""Spaces that the gradient reaches through every sampler step."""
+
+POLICY_DEFAULTS: dict[str, Any] = {
+    "scheduler": "DDIMScheduler", "eta": 1.0, "batch_size": 8, "search_seeds": 1, "seed_share": 0.0,
+    "learning_rate": 3e-4, "decay": 1.0, "budget": 100,
+}  # fmt: skip
+"""DDPO's sampler and step, on every model; a batch of 8 images makes its advantages."""
+
 
 def pipeline_interface(class_name: str) -> Interface:
     """What the pipeline class of that name takes and returns."""
@@ -312,7 +358,17 @@ def configure(prompt: str, **given: Any) -> RunConfig:
     defaults = dict(MODEL_DEFAULTS[model]) if model in MODEL_DEFAULTS else pipeline_defaults(chosen)
     if chosen.get("space") == "seeds":
         defaults |= {"strategy": "random", "search_seeds": 1, "seed_share": 1.0}
-    elif chosen.get("strategy", "gradient") != "gradient":
+    elif chosen.get("strategy", "gradient") in GRADIENT_STRATEGIES:
+        space = chosen.get("space", "tokens")
+        defaults |= SPACE_DEFAULTS.get(space, {}) | EMBEDDED_SPACE_DEFAULTS.get(model, {}).get(space, {})
+        if chosen.get("strategy") == "policy":
+            defaults |= POLICY_DEFAULTS
+        if space in NOISE_SPACES:
+            steps = chosen.get(
+                "num_inference_steps", defaults.get("num_inference_steps", RunConfig.num_inference_steps)
+            )
+            defaults["grad_steps"] = steps
+    else:
         defaults |= BLACK_BOX_DEFAULTS | {"scale": BLACK_BOX_SCALES.get(model, 1.0)}
     if chosen.get("shared"):
         defaults |= SHARED_DEFAULTS
@@ -386,14 +442,17 @@ def check(config: RunConfig) -> ModelSource:
         raise BadInput(f"the prompt must not be empty, but got {config.prompt!r}.")
     _whole(
         config, budget=1, seed=0, search_seeds=1, held_out=0, num_inference_steps=1, height=0, width=0, grad_steps=1,
-        prefix=0, suffix=0, basis_size=1, decay_every=1, batch_size=1, chunk=1, patience=0, prompt_batch=1,
-        validate_every=0,
+        lv_samples=0, prefix=0, suffix=0, basis_size=1, rank=1, decay_every=1, inner_updates=1, batch_size=1, chunk=1,
+        patience=0, prompt_batch=1, validate_every=0,
     )  # fmt: skip
     for name in (
         "guidance_scale",
         "true_cfg_scale",
         "seed_share",
+        "eta",
         "gamma",
+        "noise_weight",
+        "clip_range",
         "scale",
         "spread",
         "learning_rate",
@@ -404,8 +463,9 @@ def check(config: RunConfig) -> ModelSource:
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
             raise BadInput(f"`{name} >= 0` must hold for a finite number, but got {name}={value!r}.")
-    if config.seed_share > 1:
-        raise BadInput(f"`0 <= seed_share <= 1` must hold, but got seed_share={config.seed_share}.")
+    for name in ("seed_share", "eta"):
+        if getattr(config, name) > 1:
+            raise BadInput(f"`0 <= {name} <= 1` must hold, but got {name}={getattr(config, name)}.")
     if config.seed + config.tried_seeds > FIRST_HELD_OUT_SEED:
         raise BadInput(
             f"search seeds must be below {FIRST_HELD_OUT_SEED} (later ones are held out), but got "
@@ -431,6 +491,7 @@ def check(config: RunConfig) -> ModelSource:
             f"the gradient strategy follows one candidate (`batch_size == 1`), but got batch_size={config.batch_size}; "
             "more images per update: search_seeds."
         )
+    check_method(config)
     named = not config.reward.startswith("object:")  # otherwise it was passed to ipgo_opt.optimize as an object
     embedded = config.model in EMBEDDED
     reward = prepare(config.reward, embedded) if named else None
@@ -446,7 +507,9 @@ def check(config: RunConfig) -> ModelSource:
     config.memory_levers()
     source = config.model_source()
     if source.class_name is not None:
-        pipeline_interface(source.class_name).check_guidance(config.negative_prompt, config.true_cfg_scale)
+        interface = pipeline_interface(source.class_name)
+        interface.check_guidance(config.negative_prompt, config.true_cfg_scale)
+        interface.check_eta(config.eta)
     strangers = [] if reward is None else reward.strangers
     strangers += judge
     if strangers:
@@ -468,6 +531,8 @@ def check_shared(config: RunConfig) -> None:
     """Raises BadInput unless shared tokens can be trained as configured."""
     if config.space == "seeds":
         raise BadInput("the space of seeds has nothing that prompts could share.")
+    if config.strategy == "policy":
+        raise BadInput("a policy is searched for one prompt, not shared by several.")
     if config.search_seeds != 1 or config.seed_share:
         raise BadInput(
             f"shared tokens see each prompt on a seed of its own (search_seeds 1, seed_share 0), but got "
@@ -482,6 +547,46 @@ def check_shared(config: RunConfig) -> None:
         raise BadInput(
             f"training seeds must be below {FIRST_VALIDATION_SEED}, but got seed={config.seed} and "
             f"budget={config.budget}."
+        )
+
+
+def check_method(config: RunConfig) -> None:
+    """Raises BadInput unless space, strategy and sampler go together."""
+    space, strategy, steps = config.space, config.strategy, config.num_inference_steps
+    if strategy not in GRADIENT_STRATEGIES and not SPACES.load(space).bounded:
+        raise BadInput(
+            f"the space {space!r} has no bounds, so it needs a strategy with a gradient "
+            f"({', '.join(GRADIENT_STRATEGIES)}), but got strategy={strategy!r}."
+        )
+    if space in NOISE_SPACES and strategy == "gradient" and config.grad_steps != steps:
+        raise BadInput(
+            f"the gradient reaches the noise through all steps (`grad_steps == num_inference_steps`), but got "
+            f"grad_steps={config.grad_steps}, num_inference_steps={steps}."
+        )
+    if space == "lora" and not config.layer_names():
+        raise BadInput(f"lora_targets must name layers, but got {config.lora_targets!r}.")
+    if config.lv_samples and (strategy != "gradient" or config.grad_steps != 1 or steps < 2):
+        raise BadInput(
+            f"lv_samples is for the gradient of the last of two steps or more (strategy gradient, grad_steps 1), but "
+            f"got lv_samples={config.lv_samples}, strategy={strategy!r}, grad_steps={config.grad_steps}, "
+            f"num_inference_steps={steps}."
+        )
+    if config.eta > 0 and config.scheduler != "DDIMScheduler":
+        raise BadInput(f"eta > 0 needs the scheduler DDIMScheduler, but got scheduler={config.scheduler!r}.")
+    if strategy != "policy":
+        return
+    if space in (*NOISE_SPACES, "seeds"):
+        raise BadInput(f"a policy gradient needs a space that changes how steps are taken, but got space={space!r}.")
+    if config.eta == 0 or config.batch_size < 2 or config.search_seeds != 1 or config.clip_range == 0:
+        raise BadInput(
+            "the policy strategy samples with fresh noise, a batch at a time, one seed each (`eta > 0`, "
+            f"`batch_size >= 2`, `search_seeds == 1`, `clip_range > 0`), but got eta={config.eta}, "
+            f"batch_size={config.batch_size}, search_seeds={config.search_seeds}, clip_range={config.clip_range}."
+        )
+    if config.seed + config.budget > FIRST_HELD_OUT_SEED:
+        raise BadInput(
+            f"search seeds must be below {FIRST_HELD_OUT_SEED} (later ones are held out), but got seed={config.seed} "
+            f"and a sample on each of {config.budget} seeds."
         )
 
 

@@ -137,6 +137,10 @@ class Display:
             f"page {out}/report.html",
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
+        if "found_prompt" in summary:
+            self.console.print(
+                f"Found: {summary['found_prompt']}", style="bold", highlight=False, markup=False, soft_wrap=True
+            )
         judge = summary["judge"]
         if judge and judge["optimized"] < 0.9 * judge["raw"]:  # the search reward never falls
             self.console.print(

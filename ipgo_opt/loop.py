@@ -227,7 +227,8 @@ class Loop(Search):
             return Request(None, prompts, (tuple(self.config.seed + k for k in range(tried, last)),))
         if self.evaluation > self.steps or 0 < self.config.patience <= self.stale:
             return None
-        return Request(self.strategy.ask(), prompts, (tuple(self.seeds),), self.strategy.uses_gradient)
+        x = self.strategy.ask()
+        return Request(x, prompts, (tuple(self.seeds),), self.strategy.uses_gradient, update=self.evaluation - 1)
 
     def receive(self, request: Request, made: Evaluation) -> None:
         """Keeps the best and writes the history."""

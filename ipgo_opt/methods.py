@@ -18,6 +18,26 @@ class Method:
 
 METHODS = {
     "ipgo": Method("IPGO (arXiv 2503.21812): tokens × gradient", {"space": "tokens", "strategy": "gradient"}),
+    "embedding": Method(
+        "free tokens, the ablation of arXiv 2503.21812: embedding × gradient",
+        {"space": "embedding", "strategy": "gradient"},
+    ),
+    "draft-1": Method(
+        "DRaFT-K with K = 1 (arXiv 2309.17400): lora × gradient",
+        {"space": "lora", "strategy": "gradient", "grad_steps": 1},
+    ),
+    "draft-lv": Method(
+        "DRaFT-LV with n = 2 (arXiv 2309.17400): lora × gradient",
+        {"space": "lora", "strategy": "gradient", "grad_steps": 1, "lv_samples": 2},
+    ),
+    "ddpo": Method(
+        "DDPO (arXiv 2305.13301): lora × policy", {"space": "lora", "strategy": "policy", "search_seeds": 1}
+    ),
+    "reno": Method("ReNO (arXiv 2406.04312): noise × gradient", {"space": "noise", "strategy": "gradient"}),
+    "reno+ipgo": Method(
+        "ReNO and IPGO together: tokens+noise × gradient", {"space": "tokens+noise", "strategy": "gradient"}
+    ),
+    "pez": Method("PEZ (arXiv 2302.03668): hard-tokens × gradient", {"space": "hard-tokens", "strategy": "gradient"}),
     "best-of-n": Method("the best of n seeds: seeds × random", {"space": "seeds", "strategy": "random"}),
 }
 """What `--method`, `compare --strategies` and the benchmarks may name."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ipgo_opt.conditioning import Conditioning
 from ipgo_opt.config import RunConfig
+from ipgo_opt.models.renoised import renoised
 from ipgo_opt.rewards.base import Reward, WeightedSum
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Request:
         seeds: S seeds for each prompt, (b, S).
         gradient: whether the slope of the value is asked for.
         images: whether the images are to be kept.
+        update: number of the solver's update, from 0.
 
     """
 
@@ -40,6 +42,7 @@ class Request:
     seeds: tuple[tuple[int, ...], ...]
     gradient: bool = False
     images: bool = True
+    update: int = 0
 
     @property
     def q(self) -> int:
@@ -58,6 +61,7 @@ class Evaluation:
         value: what the solver maximizes (q,).
         gradient: of `value`, (q, D), if it was asked for.
         denoiser_calls: images × denoiser evaluations that it took.
+        again: the gradient at another point (1, D), estimated from the same images, where a method has that.
 
     """
 
@@ -69,6 +73,7 @@ class Evaluation:
     value: Tensor
     gradient: Tensor | None
     denoiser_calls: int
+    again: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -164,7 +169,8 @@ class Objective:
                 together = max(1, most // S)
                 for first, start in product(range(0, len(found), together), range(0, S, most)):
                     block = _Block(r, k, tuple(found[first : first + together]), range(start, min(S, start + most)))
-                    kind = (request.x is None, request.gradient, shapes, len(block.prompts), len(block.seeds))
+                    how = (request.x is None, request.gradient, request.update)
+                    kind = (how, shapes, len(block.prompts), len(block.seeds))
                     alike.setdefault(kind, []).append(block)
         batches = []
         for blocks in alike.values():
@@ -183,12 +189,16 @@ class Objective:
         x = torch.stack(found).requires_grad_(gradient) if found else None
         calls = self.sampler.denoiser_calls
         with torch.set_grad_enabled(gradient):
-            changed, penalty = self.applied(x, self._conditioning(texts, b if found else 0))
-            images = self.sampler.generate(changed.repeat(S), seeds, gradient=gradient)
+            rows, penalty = self.applied(x, self._conditioning(texts, b if found else 0, seeds))
+            rows = rows.repeat(S)
+            images = self.sampler.generate(rows, seeds, gradient=gradient)
             parts = self.reward.parts(images, prompts)
-            scores = self.reward.total(parts).view(-1, b, S)
+            scores = climbed = self.reward.total(parts).view(-1, b, S)
             penalty = penalty.to(scores).view(-1, b)
-            value = (scores - self.gamma * penalty[..., None]).sum((1, 2))
+            if gradient and self.config.lv_samples:
+                copies = self._lower_variance(rows, seeds, prompts, requests[batch[0].request].update)
+                climbed = (scores + copies.view_as(scores)) / (1 + self.config.lv_samples)
+            value = (climbed - self.gamma * penalty[..., None]).sum((1, 2))
         slope = None
         if gradient and x is not None:
             of_mean = torch.tensor([1 / sheets[block.request].scores[0].numel() for block in batch]).to(value)
@@ -214,11 +224,32 @@ class Objective:
             sheet.calls += calls // len(batch)
         return len(images)
 
-    def _conditioning(self, texts: Sequence[str], each: int) -> Conditioning:
+    def _conditioning(self, texts: Sequence[str], each: int, seeds: Sequence[int]) -> Conditioning:
         """The prompts encoded, a row for each; one row for all candidates if each has one prompt, the same."""
-        if each == 1 and len(set(texts)) == 1:
+        noisy = each > 0 and self.space.needs_noise
+        if each == 1 and len(set(texts)) == 1 and not noisy:
             return self.encoded(texts[0])
-        return Conditioning.stack([self.encoded(text) for text in texts])
+        rows = Conditioning.stack([self.encoded(text) for text in texts])
+        if not noisy:
+            return rows
+        noise = self.sampler.noise(seeds)
+        return replace(rows, noise=noise.view(len(texts), -1, *noise.shape[1:]))
+
+    def _lower_variance(self, rows: Conditioning, seeds: Sequence[int], prompts: Sequence[str], update: int) -> Tensor:
+        """Sum of the rewards (B,) of `lv_samples` noisier copies of each image just made, denoised again."""
+        finished = self.sampler.latents
+        total = torch.zeros(len(prompts), device=finished.device)
+        for copy in range(self.config.lv_samples):
+            noise = torch.stack([
+                torch.randn(
+                    finished.shape[1:], dtype=finished.dtype,
+                    generator=torch.Generator().manual_seed((seed * 1_000_003 + update) * 1_009 + copy),
+                )
+                for seed in seeds
+            ])  # fmt: skip
+            copies = renoised(self.sampler, rows, seeds, finished, noise)
+            total = total + self.reward.total(self.reward.parts(copies, list(prompts))).to(total)
+        return total
 
 
 def _cpu(scores: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from ipgo_opt.errors import BadInput, RunFailed
 from ipgo_opt.loop import Loop, Reporter, Search, drive, finite
 from ipgo_opt.models import EMBEDDED, load_pipeline, make_sampler
 from ipgo_opt.objective import Objective
+from ipgo_opt.policy import PolicyLoop, PolicyObjective
 from ipgo_opt.rewards import JUDGES
 from ipgo_opt.rewards.base import Reward, RewardFailed, Term, WeightedSum, prepare, shown
 from ipgo_opt.rewards.custom import from_object
@@ -295,7 +296,7 @@ def assemble(config: RunConfig, custom: Reward | None, loaded: dict[Any, Any]) -
         if custom is None
         else WeightedSum([Term(1, config.reward)], [custom])
     )
-    if strategy_class.uses_gradient and not reward.differentiable:
+    if strategy_class.uses_gradient and config.strategy != "policy" and not reward.differentiable:
         raise BadInput(
             f"strategy {config.strategy!r} needs a differentiable reward, but {shown(config.reward)} is not."
         )
@@ -321,7 +322,7 @@ def _strategy(config: RunConfig, parts: Parts, steps: int) -> Strategy:
         coordinates.start, coordinates.lower, coordinates.upper, max(steps, 1) * config.batch_size, config.batch_size,
         config.seed,
     )  # fmt: skip
-    options = [config.gradient_options()] if config.strategy == "gradient" else []
+    options = [config.gradient_options()] if parts.strategy.uses_gradient else []
     strategy: Strategy = parts.strategy(problem, *options)
     return strategy
 
@@ -331,7 +332,8 @@ def _search(config: RunConfig, store: Store, reporter: Reporter, parts: Parts, r
     if config.shared:
         return SharedLoop(config, store, reporter, _strategy(config, parts, config.schedule.count("update")))
     steps = (config.budget - config.tried_seeds) // (config.search_seeds * config.batch_size)
-    return Loop(config, store, reporter, _strategy(config, parts, steps), steps, room)
+    loop = PolicyLoop if config.strategy == "policy" else Loop
+    return loop(config, store, reporter, _strategy(config, parts, steps), steps, room)
 
 
 def _fix_space(space: Any, store: Store) -> None:
@@ -424,7 +426,8 @@ def _run(
 ) -> None:
     """Search, and the verdict on it; what each search found is left in it."""
     full = parts.strategy.uses_gradient
-    objective = Objective(searches[0].config, parts.sampler, parts.reward, parts.judge, parts.space, full)
+    made = PolicyObjective if searches[0].config.strategy == "policy" else Objective
+    objective = made(searches[0].config, parts.sampler, parts.reward, parts.judge, parts.space, full)
     try:
         drive(searches, objective, save, lenient=lenient)
         for search in searches:
@@ -467,6 +470,7 @@ def _finish(search: Search, parts: Parts) -> dict[str, Any]:
         "search_reward": search.best,
         "held_out": search.held_out,
         "judge": search.judged,
+        **({} if search.best_x is None else parts.space.described(search.best_x, full=parts.strategy.uses_gradient)),
         "failed": sum(record["reward"] is None for record in search.history),
         "out": str(store.folder),
     }

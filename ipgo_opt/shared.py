@@ -65,7 +65,8 @@ class SharedLoop(Search):
         drawn = [divmod(i, n) for i in range(first, first + b)]
         prompts = tuple(config.prompts[shuffled(n, config.seed, epoch)[at]] for epoch, at in drawn)
         seeds = tuple((config.seed + i,) for i in range(first, first + b))
-        return Request(self.strategy.ask(), prompts, seeds, self.strategy.uses_gradient, images=False)
+        slope = self.strategy.uses_gradient
+        return Request(self.strategy.ask(), prompts, seeds, slope, images=False, update=self.updates)
 
     def _validation(self, x: Tensor | None) -> Request:
         prompts = tuple(self.config.validation)

@@ -21,7 +21,7 @@ UPPER = torch.tensor([1.0, 2.0, 3.0, 0.5, 1.0, -1.0])
 BEST = torch.tensor([0.3, 1.9, -1.0, 0.1, 2.0, -1.2])
 """Where the quadratic is largest; its fifth coordinate is out of bounds."""
 
-WITHOUT_CHANCE = {"gradient"}
+WITHOUT_CHANCE = {"gradient", "policy"}
 """Strategies that draw no random numbers."""
 
 NAMES = [name for name in STRATEGIES if not name.endswith(":NAME")] + ["nevergrad:DE", "nevergrad:OnePlusOne"]
@@ -241,7 +241,7 @@ def test_impossible_problems_are_refused(change):
         Problem(**parts)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "gradient"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in WITHOUT_CHANCE])
 def test_black_boxes_need_bounds(name):
     with pytest.raises(BadInput, match="finite bounds"):
         STRATEGIES.load(name)(Problem(torch.zeros(2), torch.full((2,), -math.inf), torch.ones(2), 1))

@@ -94,10 +94,11 @@ def differentiable(reward: str, model: str) -> bool:
 
 
 def needs_gradient(settings: Mapping[str, Any]) -> bool:
-    """Whether a solver can only use rewards that have one."""
+    """Whether a solver can only use rewards that have one; a policy estimates its own."""
     from ipgo_opt.strategies import STRATEGIES
 
-    return bool(STRATEGIES.load(settings.get("strategy", "gradient")).uses_gradient)
+    strategy = settings.get("strategy", "gradient")
+    return strategy != "policy" and bool(STRATEGIES.load(strategy).uses_gradient)
 
 
 def with_shares(methods: Sequence[str], shares: Sequence[float]) -> dict[str, dict[str, Any]]:

@@ -57,15 +57,21 @@ class Gate:
         grad_steps: K, sampler steps at the end that are differentiated; 0 for none.
         rows: images of the pipeline call.
         searched: the tensors given to the pipeline that need a gradient.
+        adapted: whether the denoiser itself is what is searched, so that both halves need a gradient.
 
     Attributes:
         calls: images denoised by one denoiser evaluation each, the unconditional ones included.
+        latents: where the last step led.
 
     """
 
-    def __init__(self, pipeline: Any, grad_steps: int, rows: int, searched: Sequence[Tensor] = ()) -> None:
+    def __init__(
+        self, pipeline: Any, grad_steps: int, rows: int, searched: Sequence[Tensor] = (), adapted: bool = False
+    ) -> None:
         self.pipeline, self.grad_steps, self.rows, self.searched = pipeline, grad_steps, rows, searched
+        self.adapted = adapted
         self.calls = self.iteration = 0
+        self.latents = torch.zeros(0)
 
     def __enter__(self) -> Gate:
         self.shadows = (
@@ -84,7 +90,9 @@ class Gate:
     def _counted(self, step: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
             self.iteration += 1
-            return step(*args, **kwargs)
+            made = step(*args, **kwargs)
+            self.latents = next(tensors(made)).detach()
+            return made
 
         return counted
 
@@ -96,6 +104,7 @@ class Gate:
         )
 
     def _differentiated(self) -> bool:
+        """Whether the denoiser is within its last K sampler steps."""
         scheduler = self.pipeline.scheduler
         order = getattr(scheduler, "order", 1)  # iterations per sampler step
         steps = -(-len(scheduler.timesteps) // order)
@@ -109,7 +118,8 @@ class Gate:
                 with torch.no_grad():
                     return forward(*args, **kwargs)
             perturbed = getattr(self.pipeline, "do_perturbed_attention_guidance", False)  # reads the batch as a whole
-            if size == 2 * self.rows and not perturbed and not kwargs.get("return_dict", True):
+            apart = not self.adapted and not perturbed
+            if size == 2 * self.rows and apart and not kwargs.get("return_dict", True):
                 return self._halves(forward, size, args, kwargs)
             return forward(*args, **kwargs)
 

@@ -140,6 +140,11 @@ class Interface:
                 f"true_cfg_scale={true_cfg_scale}."
             )
 
+    def check_eta(self, eta: float) -> None:
+        """Raises BadInput for fresh noise in every step where the pipeline has none."""
+        if eta > 0 and "eta" not in self.arguments:
+            raise BadInput(f"this model's pipeline samples without fresh noise in its steps, but got eta={eta}.")
+
     def named(self, results: Any, n: int) -> dict[str, Any]:
         """The results of the n-th call of `encode_prompt`, by the arguments of `__call__` that take them.
 

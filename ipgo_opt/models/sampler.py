@@ -11,7 +11,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +20,10 @@ from torch import Tensor
 
 from ipgo_opt.conditioning import Conditioning
 from ipgo_opt.errors import BadInput
+from ipgo_opt.models.adapter import Adapted, linear_layers
 from ipgo_opt.models.gate import Gate, denoiser, first_input, shadowed, tensors
 from ipgo_opt.models.interface import Interface
+from ipgo_opt.models.visit import Arrived, Follow, Visit
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class SamplerSettings:
         grad_steps: K, steps at the end that are differentiated when a gradient is asked for.
         negative_prompt: what the unconditional half sees.
         true_cfg_scale: weight of classifier-free guidance in pipelines whose `guidance_scale` is a distilled one.
+        eta: η of DDIM, the share of fresh noise in every step, 0 to 1.
 
     """
 
@@ -45,6 +48,7 @@ class SamplerSettings:
     grad_steps: int = 1
     negative_prompt: str = ""
     true_cfg_scale: float = 1.0
+    eta: float = 0.0
 
 
 STATES = ("prompt_embeds", "negative_prompt_embeds")
@@ -65,11 +69,13 @@ class _Heard:
     Attributes:
         outputs: what each call of `encode_prompt` returned.
         batch: images in the first denoiser call for a prompt of one image.
+        noise: what its latents were prepared to be, if the pipeline says so.
 
     """
 
     outputs: list[Any] = field(default_factory=list)
     batch: int = 1
+    noise: Tensor | None = None
 
     def listening(self, encode: Callable[..., Any]) -> Callable[..., Any]:
         """`encode_prompt`, overheard."""
@@ -77,6 +83,16 @@ class _Heard:
         def overheard(*args: Any, **kwargs: Any) -> Any:
             self.outputs.append(encode(*args, **kwargs))
             return self.outputs[-1]
+
+        return overheard
+
+    def preparing(self, prepare: Callable[..., Any]) -> Callable[..., Any]:
+        """`prepare_latents`, overheard."""
+
+        def overheard(*args: Any, **kwargs: Any) -> Any:
+            prepared = prepare(*args, **kwargs)
+            self.noise = next(tensors(prepared))
+            return prepared
 
         return overheard
 
@@ -143,17 +159,21 @@ class Sampler:
         images: images generated so far.
         denoiser_calls: images × denoiser evaluations so far, unconditional halves included.
         size: (height, width) of the last images in pixels.
+        latents: what the last images were decoded from, (B, …).
 
     """
 
     def __init__(self, pipeline: Any, settings: SamplerSettings, chunk: int = 8) -> None:
         self.interface = Interface.of(type(pipeline))
         self.interface.check_guidance(settings.negative_prompt, settings.true_cfg_scale)
+        self.interface.check_eta(settings.eta)
         self.pipeline, self.settings, self.chunk = pipeline, settings, chunk if self.interface.batches else 1
         undecorated: Any = type(pipeline).__call__
         self.call = undecorated.__wrapped__
         self.images = self.denoiser_calls = 0
         self.size = (settings.height, settings.width)
+        self.latents = torch.zeros(0)
+        self.drawn: dict[int, Tensor] = {}
         pipeline.set_progress_bar_config(disable=True)
         for component in pipeline.components.values():
             if isinstance(component, torch.nn.Module):
@@ -167,6 +187,10 @@ class Sampler:
     @torch.no_grad()
     def encode(self, prompt: str) -> Conditioning:
         """The conditioning of one prompt (batch 1), exactly as the pipeline itself encodes it."""
+        return self.encoded(prompt)
+
+    def encoded(self, prompt: str) -> Conditioning:
+        """The same, differentiable with respect to what a hook puts into the text encoder."""
         named = self._named(self._listen(prompt))
         packing = self._packing
         states = packing.opened(named.pop("prompt_embeds"))
@@ -183,19 +207,50 @@ class Sampler:
             fixed_length=hasattr(denoiser(self.pipeline).config, "text_len"),
         )
 
-    def _listen(self, prompt: str) -> _Heard:
+    def linear_layers(self, endings: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """(outputs, inputs) of the denoiser's linear layers whose names end so, by name; BadInput if there is none."""
+        return linear_layers(denoiser(self.pipeline), endings)
+
+    @torch.no_grad()
+    def noise(self, seeds: Sequence[int]) -> Tensor:
+        """The noise (S, …) that the pipeline draws for each seed, as it takes it under `latents`: the same image.
+
+        Raises:
+            BadInput: the pipeline takes none, or changes what it is given.
+
+        """
+        for seed in seeds:
+            if seed not in self.drawn:
+                self.drawn[seed] = self._noise(seed)
+        return torch.cat([self.drawn[seed] for seed in seeds])
+
+    def _noise(self, seed: int) -> Tensor:
+        prepared = self._listen("a", seed).noise if "latents" in self.interface.arguments else None
+        if prepared is None:
+            raise BadInput(f"{type(self.pipeline).__name__} takes no starting noise.")
+        generator = torch.Generator("cpu").manual_seed(seed)
+        raw = torch.randn(prepared.shape, generator=generator, dtype=prepared.dtype).to(prepared.device)
+        for given in (raw, prepared):  # which is scaled by the scheduler or packed by the pipeline in some, not in all
+            again = self._listen("a", seed, latents=given).noise
+            if again is not None and torch.equal(again, prepared):
+                return given
+        raise BadInput(f"{type(self.pipeline).__name__} makes other noise of what it is given as starting noise.")
+
+    def _listen(self, prompt: str, seed: int = 0, **given: Tensor) -> _Heard:
         """Runs the pipeline on a prompt until its first denoiser call."""
         heard, settings = _Heard(), self.settings
         texts = {"prompt": prompt}
         true_cfg = self.interface.guidance == "true_cfg_scale" or settings.true_cfg_scale > 1
         if settings.negative_prompt or true_cfg:  # which some pipelines take for off until they are given a prompt
             texts["negative_prompt"] = settings.negative_prompt
+        prepares = hasattr(self.pipeline, "prepare_latents")
         with (
             shadowed(self.pipeline, "encode_prompt", heard.listening),
+            shadowed(self.pipeline, "prepare_latents", heard.preparing) if prepares else nullcontext(),
             shadowed(denoiser(self.pipeline), "forward", heard.stopping),
         ):
             try:
-                self.call(self.pipeline, **texts, **self.arguments([0]))
+                self.call(self.pipeline, **texts, **given, **self.arguments([seed]))
             except _Encoded:
                 for hook in getattr(self.pipeline, "text_hooks", ()):
                     hook.offload()
@@ -226,6 +281,7 @@ class Sampler:
             self.interface.guidance: settings.guidance_scale,
             "generator": [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds],
             "num_inference_steps": settings.num_inference_steps,
+            "eta": settings.eta or None,
             "height": settings.height or None,
             "width": settings.width or None,
             "use_resolution_binning": False,  # the size that was asked for
@@ -237,7 +293,7 @@ class Sampler:
         }  # fmt: skip
 
     @functools.cached_property
-    def _tokenizer(self) -> Any:
+    def tokenizer(self) -> Any:
         """Of the text encoders that the pipeline has, the tokenizer of the one that reads most."""
         found = [
             getattr(self.pipeline, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3", "processor")
@@ -245,18 +301,26 @@ class Sampler:
         tokenizers = [one if hasattr(one, "model_max_length") else one.tokenizer for one in found if one is not None]
         return max(tokenizers, key=self._reads)
 
+    @property
+    def reads(self) -> int:
+        """Tokens that the text encoder reads, begin and end included."""
+        return self._reads(self.tokenizer)
+
     def _reads(self, tokenizer: Any) -> int:
         return int(min(tokenizer.model_max_length, self.interface.reads, 2**31))
 
     def token_count(self, prompt: str) -> tuple[int, int]:
         """Tokens of the prompt, begin and end included, and how many the text encoder reads."""
-        return len(self._tokenizer(prompt).input_ids), self._reads(self._tokenizer)
+        return len(self.tokenizer(prompt).input_ids), self.reads
+
+    def whole_words(self) -> list[str]:
+        """The whole words of the tokenizer's vocabulary, three letters or more, in alphabetical order."""
+        matches = [match for token in self.tokenizer.get_vocab() if (match := WORD.fullmatch(token))]
+        return sorted({match["word"] for match in matches})
 
     def vocabulary(self, words: int = 512) -> list[str]:
         """At most `words` whole words of the tokenizer's own vocabulary, spread evenly over the alphabet."""
-        tokenizer = self._tokenizer
-        matches = [match for token in tokenizer.get_vocab() if (match := WORD.fullmatch(token))]
-        whole = sorted({match["word"] for match in matches})
+        whole = self.whole_words()
         if not whole:
             raise BadInput("words need a vocabulary with whole words, but this model's tokenizer has none.")
         return whole[:: max(1, len(whole) // words)][:words]
@@ -266,7 +330,7 @@ class Sampler:
 
         They are encoded many to a prompt; states of begin, end and padding are left out.
         """
-        tokenizer, chosen = self._tokenizer, self.vocabulary(words)
+        tokenizer, chosen = self.tokenizer, self.vocabulary(words)
         per_prompt = max(1, min(75, self._reads(tokenizer) - 2))
         begins = int(tokenizer("a").input_ids[0] == tokenizer.bos_token_id)
         states = []
@@ -285,11 +349,37 @@ class Sampler:
         """
         if len(conditioning) != len(seeds):
             raise BadInput(f"one seed per row is needed, but got {len(conditioning)} rows and {len(seeds)} seeds.")
-        images = []
-        for start in range(0, len(seeds), self.chunk):
-            rows = slice(start, start + self.chunk)
+        images, latents = [], []
+        for rows in self.chunks(len(seeds)):
             images.append(self._generate(conditioning.map(lambda t, rows=rows: t[rows]), seeds[rows], gradient))
+            latents.append(self.latents)
+        self.latents = torch.cat(latents)
         return images[0] if len(images) == 1 else torch.cat(images)
+
+    def chunks(self, rows: int) -> list[slice]:
+        """The parts in which that many rows are given to the pipeline."""
+        return [slice(start, start + self.chunk) for start in range(0, rows, self.chunk)]
+
+    def revisit(self, conditioning: Conditioning, seeds: Sequence[int], follow: Follow, *, steps: int) -> Tensor | None:
+        """A pipeline call, with gradients, whose steps lead where `follow` says; see `Visit`.
+
+        Args:
+            conditioning: B rows, at most `chunk`.
+            seeds: of each row; they fix the first noisy images.
+            follow: where each step leads; None ends the call.
+            steps: sampler steps at the end in which the denoiser runs.
+
+        Returns:
+            The images (B, 3, H, W), float32, which are not counted, or None if `follow` ended the call.
+
+        """
+        packed = self.packed(self.tensors(conditioning))
+        visit = Visit(self.pipeline, steps, len(seeds), self._searched(packed), bool(conditioning.adapter), follow)
+        images = None
+        with Adapted(denoiser(self.pipeline), conditioning.adapter), visit, suppress(Arrived), torch.enable_grad():
+            images = self._finished(self.call(self.pipeline, **packed, **self.arguments(seeds))[0])
+        self.denoiser_calls += visit.calls
+        return images
 
     def tensors(self, conditioning: Conditioning) -> dict[str, Tensor]:
         """The conditioning by the names of the pipeline's arguments; both halves equally long where they have to be."""
@@ -302,6 +392,7 @@ class Sampler:
             self.interface.mask: conditioning.mask,
             f"negative_{self.interface.mask}": conditioning.negative_mask,
             **conditioning.extra,
+            "latents": None if conditioning.noise is None else conditioning.noise[:, 0],
         }
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
@@ -312,14 +403,26 @@ class Sampler:
             packed["negative_prompt"] = None  # "" by default in some pipelines
         return packed
 
+    @staticmethod
+    def _searched(packed: dict[str, Any]) -> list[Tensor]:
+        return [tensor for tensor in tensors(packed) if tensor.requires_grad]
+
     def _generate(self, conditioning: Conditioning, seeds: Sequence[int], gradient: bool) -> Tensor:
         packed = self.packed(self.tensors(conditioning))
-        searched = [tensor for tensor in tensors(packed) if tensor.requires_grad]
-        gate = Gate(self.pipeline, self.settings.grad_steps if gradient else 0, len(seeds), searched)
-        with gate, nullcontext() if gradient else torch.no_grad():
+        steps = self.settings.grad_steps if gradient else 0
+        gate = Gate(self.pipeline, steps, len(seeds), self._searched(packed), bool(conditioning.adapter))
+        with (
+            Adapted(denoiser(self.pipeline), conditioning.adapter),
+            gate,
+            nullcontext() if gradient else torch.no_grad(),
+        ):
             images = self.call(self.pipeline, **packed, **self.arguments(seeds))[0]
         self.images, self.size = self.images + len(seeds), (images.shape[-2], images.shape[-1])
         self.denoiser_calls += gate.calls
+        self.latents = gate.latents
+        return self._finished(images)
+
+    def _finished(self, images: Tensor) -> Tensor:
         if not hasattr(self.pipeline, "image_processor"):  # which is what turns [−1, 1] into [0, 1]
             images = (images / 2 + 0.5).clamp(0, 1)
         return images.float()

@@ -6,6 +6,13 @@ SPACES = Registry(
     "space",
     {
         "tokens": Entry("ipgo_opt.spaces.tokens:TokenSpace", "IPGO's prefix and suffix tokens V = R2(θ2) R1(θ1) E Z"),
+        "embedding": Entry(
+            "ipgo_opt.spaces.embedding:EmbeddingSpace", "free tokens, without E, Z and θ (the ablation)"
+        ),
+        "noise": Entry("ipgo_opt.spaces.noise:NoiseSpace", "the starting noise, its norm kept (ReNO)"),
+        "tokens+noise": Entry("ipgo_opt.spaces.product:TokensNoise", "IPGO's tokens and the starting noise together"),
+        "hard-tokens": Entry("ipgo_opt.spaces.hard_tokens:HardTokenSpace", "words around the prompt (PEZ)"),
+        "lora": Entry("ipgo_opt.spaces.lora:LoraSpace", "low-rank changes of the denoiser's attention (DRaFT, DDPO)"),
         "seeds": Entry("ipgo_opt.spaces.seeds:SeedSpace", "nothing but the seed of the noise: best-of-n"),
     },
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -38,7 +38,15 @@ class Space(Protocol):
 
     `full` chooses between two views of the same space: every parameter (for a gradient), or the bounded
     low-dimensional coordinates (for a black-box solver).
+
+    Attributes:
+        needs_noise: whether `apply` must be given the starting noise of the seeds in the conditioning.
+        bounded: whether there are bounded low-dimensional coordinates, without which only a gradient can search.
+
     """
+
+    needs_noise: ClassVar[bool] = False
+    bounded: ClassVar[bool] = True
 
     @classmethod
     def made(cls, config: RunConfig, sampler: Sampler) -> Space:
@@ -60,6 +68,10 @@ class Space(Protocol):
     def learned(self, x: Tensor, *, full: bool) -> dict[str, Tensor]:
         """What one point x (D,) stands for, by name, to be kept beside the best image."""
         ...
+
+    def described(self, x: Tensor, *, full: bool) -> dict[str, Any]:
+        """What one point x (D,) says to a reader, for the summary of the run: nothing, unless it has words."""
+        return {}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything random that was fixed when the space was made."""

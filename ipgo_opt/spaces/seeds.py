@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from ipgo_opt.conditioning import Conditioning
-from ipgo_opt.spaces.base import Coordinates
+from ipgo_opt.spaces.base import Coordinates, Space
 
 if TYPE_CHECKING:
     from ipgo_opt.config import RunConfig
     from ipgo_opt.models.sampler import Sampler
 
 
-class SeedSpace:
+class SeedSpace(Space):
     """A space without coordinates: what is chosen is the seed, and the loop does that for every space."""
 
     @classmethod

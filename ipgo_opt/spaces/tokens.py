@@ -25,7 +25,7 @@ from torch.nn.utils.parametrizations import orthogonal
 
 from ipgo_opt.conditioning import Conditioning
 from ipgo_opt.errors import BadInput
-from ipgo_opt.spaces.base import Coordinates
+from ipgo_opt.spaces.base import Coordinates, Space
 from ipgo_opt.spaces.directions import starting
 
 if TYPE_CHECKING:
@@ -141,6 +141,19 @@ def inserted(
     return conditioning.insert(placed.get("prefix"), placed.get("suffix"))
 
 
+def surrounded(
+    tokens: dict[str, Tensor], conditioning: Conditioning, *, attend: bool = False
+) -> tuple[Conditioning, Tensor]:
+    """T of equation (2) and p_conf (B,) of equation (11), for tokens (q, M, d) by side.
+
+    The conditioning has B rows, a multiple of q, or one for the same prompt with all q; those of one set of tokens
+    stand together.
+    """
+    conditioning = conditioning.expand(len(next(iter(tokens.values()))))
+    T = inserted(tokens, conditioning, attend=attend)
+    return T, (T.mean() - conditioning.mean()).float().square().sum(-1)
+
+
 def attended(V: Tensor, conditioning: Conditioning) -> Tensor:
     """V + softmax(V f(C)ᵀ / √d) f(C) of tokens V (B, M, d) over the states of each prompt that the denoiser reads."""
     states = conditioning.prompt_embeds
@@ -199,7 +212,7 @@ class _Side:
         return self.shape.scale * rotate_shifted_pairs(rotate_pairs(V, theta1), theta2)
 
 
-class TokenSpace:
+class TokenSpace(Space):
     """Prefix and suffix tokens around an encoded prompt.
 
     The full vector is (X_pre, Z_pre, θ_pre, X_suf, Z_suf, θ_suf), where E = orthogonal(X) by torch's parametrization;
@@ -281,10 +294,7 @@ class TokenSpace:
 
         B is a multiple of q, or 1 for the same prompt with every candidate; a candidate's prompts stand together.
         """
-        conditioning = conditioning.expand(len(x))
-        T = inserted(self.tokens(x, full=full), conditioning, attend=self.shape.attend)
-        p_conf = (T.mean() - conditioning.mean()).float().square().sum(-1)
-        return T, p_conf
+        return surrounded(self.tokens(x, full=full), conditioning, attend=self.shape.attend)
 
     def learned(self, x: Tensor, *, full: bool) -> dict[str, Tensor]:
         """The tokens "prefix" and "suffix" (M, d) of a point x (D,) and their bases "basis.prefix", … (d, N)."""

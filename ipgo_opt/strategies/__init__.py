@@ -6,6 +6,7 @@ STRATEGIES = Registry(
     "strategy",
     {
         "gradient": Entry("ipgo_opt.strategies.gradient:Gradient", "Adam with the paper's schedule (needs a gradient)"),
+        "policy": Entry("ipgo_opt.strategies.policy:Policy", "DDPO's policy gradient (any reward; lora or tokens)"),
         "bayes": Entry("ipgo_opt.strategies.bayes:Bayes", "Bayesian optimization with BoTorch (any reward)"),
         "cma": Entry("ipgo_opt.strategies.nevergrad:Cma", "CMA-ES, an evolution strategy (any reward)"),
         "nevergrad:NAME": Entry(

@@ -1,4 +1,4 @@
-"""Gradient ascent with Adam on all parameters of a space: IPGO's solver (arXiv 2503.21812, section 4).
+"""Gradient ascent on all parameters of a space: with Adam, IPGO's solver (arXiv 2503.21812, section 4).
 
 The paper's settings: learning rate 1e-3, multiplied by 0.9 every 10 updates, gradient norm clipped at 1, no weight
 decay; bounded coordinates are clamped after each update.
@@ -15,16 +15,19 @@ from torch import Tensor
 from ipgo_opt.errors import BadInput
 from ipgo_opt.strategies.base import Problem, check_tell
 
+OPTIMIZERS = ("adam", "nesterov")
+
 
 @dataclass(frozen=True)
 class GradientOptions:
     """Settings of the solver; the defaults are the paper's.
 
     Attributes:
-        learning_rate: Adam's step size, in units of the coordinates.
+        learning_rate: step size; Adam's is in units of the coordinates.
         decay: factor on the learning rate every `decay_every` updates.
         decay_every: updates between two decays.
         max_grad_norm: Euclidean norm to which each candidate's gradient is clipped.
+        optimizer: "adam", or "nesterov": gradient steps with Nesterov's momentum 0.9 (ReNO's).
 
     """
 
@@ -32,6 +35,7 @@ class GradientOptions:
     decay: float = 0.9
     decay_every: int = 10
     max_grad_norm: float = 1.0
+    optimizer: str = "adam"
 
     def __post_init__(self) -> None:
         if not (self.learning_rate > 0 and 0 < self.decay <= 1 and self.decay_every >= 1 and self.max_grad_norm > 0):
@@ -39,10 +43,12 @@ class GradientOptions:
                 "`learning_rate > 0`, `0 < decay <= 1`, `decay_every >= 1` and `max_grad_norm > 0` must hold, "
                 f"but got {self}."
             )
+        if self.optimizer not in OPTIMIZERS:
+            raise BadInput(f"optimizer must be one of {', '.join(OPTIMIZERS)}, but got {self.optimizer!r}.")
 
 
 class Gradient:
-    """Adam from the start point; with a batch, every row climbs on its own.
+    """Ascent from the start point; with a batch, every row climbs on its own.
 
     >>> solver = Gradient(problem)
     >>> while True:
@@ -56,14 +62,19 @@ class Gradient:
         self.problem, self.options = problem, options or GradientOptions()
         self.updates = 0
         self.x = problem.start.expand(problem.batch, -1).clone()
-        self.optimizer = torch.optim.Adam([self.x], lr=self.options.learning_rate)
+        rate = self.options.learning_rate
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.Adam([self.x], lr=rate)
+            if self.options.optimizer == "adam"
+            else torch.optim.SGD([self.x], lr=rate, momentum=0.9, nesterov=True)
+        )
 
     def ask(self) -> Tensor:
         """The current points (q, D)."""
         return self.x.clone()
 
     def tell(self, x: Tensor, value: Tensor, gradient: Tensor | None = None) -> None:
-        """One clipped, clamped Adam step uphill."""
+        """One clipped, clamped step uphill."""
         check_tell(self.problem, x, value, gradient, True)
         assert gradient is not None
         if not torch.equal(x, self.x):
@@ -77,7 +88,7 @@ class Gradient:
         self.updates += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Points, update count and Adam's moments."""
+        """Points, update count and the optimizer's moments."""
         moments = {key: value.clone() for key, value in self.optimizer.state.get(self.x, {}).items()}
         return {"x": self.x.clone(), "updates": self.updates, "moments": moments}
 
