@@ -209,14 +209,15 @@ def measure(cell: Cell, loaded: dict[Any, Any]) -> dict[str, Any]:
         fresh = found["status"] != "finished"
         result = resume(cell.folder, reporter=Silence(), loaded=loaded)
     else:
-        result = optimize(cell.prompt, out=cell.folder, loaded=loaded, **_given(cell.config))
+        result = optimize(cell.prompt, out=cell.folder, loaded=loaded, **given(cell.config))
     if fresh or not measured.exists():
         write_whole(measured, json.dumps({"peak_memory_mib": _peak_memory() if fresh else None}).encode())
     return entry(cell, result) | json.loads(measured.read_text())
 
 
-def _given(config: RunConfig) -> dict[str, Any]:
-    return {name: value for name, value in vars(config).items() if name != "prompt"}
+def given(config: RunConfig) -> dict[str, Any]:
+    """What `optimize` must be given beside the prompt to run this configuration of one prompt."""
+    return {name: value for name, value in vars(config).items() if name not in ("prompt", "prompts", "shared")}
 
 
 def _json(config: RunConfig) -> Any:

@@ -25,7 +25,7 @@ from ipgo_opt.errors import BadInput
 from ipgo_opt.models.adapter import Adapted, linear_layers
 from ipgo_opt.models.renoised import renoised
 from ipgo_opt.models.sampler import Sampler
-from ipgo_opt.objective import Objective
+from ipgo_opt.objective import Objective, Request
 from ipgo_opt.rewards.base import Term, WeightedSum
 from ipgo_opt.run import optimize
 from ipgo_opt.spaces.lora import LoraSpace
@@ -250,19 +250,19 @@ def test_lower_variance_is_the_mean_over_image_and_copies(tiny_folder):
         reward = WeightedSum([Term(1, "redness")], [tiny.Redness()])
         objective = Objective(config, sampler, reward, None, made, True)
         x = point(made)
-        first = objective(x, SEEDS, gradient=True)
+        request = Request(x, ("a fox",), (tuple(SEEDS),), gradient=True, update=4)
+        (first,) = objective([request])
         slopes[n] = first.gradient
-        finished, images = sampler.latents, sampler.images
-        sampler.images -= 2
-        assert torch.equal(objective(x, SEEDS, gradient=True).gradient, first.gradient)
+        finished = sampler.latents
+        assert torch.equal(objective([request])[0].gradient, first.gradient)
         if n == 0:
             scores = first.scores
     torch.testing.assert_close(first.scores, scores)
-    generator = torch.Generator().manual_seed(images)
     total = slopes[0].clone()
-    for _ in range(2):
+    for copy in range(2):
         leaf = x.clone().requires_grad_()
-        noise = torch.randn(finished.shape, generator=generator)
+        generators = [torch.Generator().manual_seed((seed * 1_000_003 + 4) * 1_009 + copy) for seed in SEEDS]
+        noise = torch.stack([torch.randn(finished.shape[1:], generator=generator) for generator in generators])
         rows = made.apply(leaf, sampler.encode("a fox"), full=True)[0].repeat(2)
         copies = renoised(sampler, rows, SEEDS, finished, noise)
         total += torch.autograd.grad(tiny.Redness()(copies, []).mean(), leaf)[0]

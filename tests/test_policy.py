@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
+from ipgo_opt.conditioning import Conditioning
 from ipgo_opt.config import RunConfig
 from ipgo_opt.errors import BadInput
-from ipgo_opt.models.policy import log_probability, replayed, sampled
+from ipgo_opt.models.policy import Trajectory, log_probability, replayed, sampled
 from ipgo_opt.models.sampler import Sampler
+from ipgo_opt.objective import Request
 from ipgo_opt.policy import MOST_ADVANTAGE, PolicyObjective, advantages, surrogate
 from ipgo_opt.rewards.base import Term, WeightedSum
 from ipgo_opt.run import optimize
@@ -210,19 +212,31 @@ def objective(**changed: Any) -> PolicyObjective:
     return PolicyObjective(config, made, reward, None, lora(made), True)
 
 
-def test_gradients_of_an_evaluation():
-    """At the sampling weights it is Σ A ∇ log p / T, row by row, whatever the clipping."""
-    made = objective()
-    x = made.space.coordinates(full=True).start.expand(3, -1)
-    result = made(x, SEEDS, gradient=True)
-    assert result.scores.shape == (3, 1)
-    assert result.gradient.shape == x.shape
-    torch.testing.assert_close(result.value, result.scores[:, 0])
-    leaf = x.clone().requires_grad_()
+def samples(x: Tensor) -> Request:
+    """An update of a policy at x (1, D): one sample on each of SEEDS."""
+    return Request(x, ("a fox",) * len(SEEDS), tuple((seed,) for seed in SEEDS), gradient=True)
+
+
+def retaken(made: PolicyObjective, x: Tensor, then: Tensor) -> tuple[list[Tensor], Trajectory]:
+    """The log-probabilities at x, with their graphs, of what is sampled at `then`, both (1, D)."""
+    given = Conditioning.stack([made.encoded("a fox")] * len(SEEDS))
+    _, (trajectory,) = sampled(made.sampler, made.space.apply(then, given, full=True)[0], SEEDS)
     total: list[Tensor] = []
-    conditioning = made.space.apply(leaf, made.conditioning, full=True)[0]
-    replayed(made.sampler, conditioning, made.trajectories[0], lambda now, then: total.append(now))
-    (expected,) = torch.autograd.grad((torch.stack(total).mean(0) * advantages(result.scores[:, 0])).sum(), leaf)
+    replayed(made.sampler, made.space.apply(x, given, full=True)[0], trajectory, lambda now, _: total.append(now))
+    return total, trajectory
+
+
+def test_gradients_of_an_evaluation():
+    """At the sampling weights it is the mean over images and steps of A ∇ log p, whatever the clipping."""
+    made = objective()
+    x = made.space.coordinates(full=True).start[None]
+    (result,) = made([samples(x)])
+    assert result.scores.shape == (1, 3)
+    assert result.gradient.shape == x.shape
+    torch.testing.assert_close(result.value, result.scores.mean(1))
+    leaf = x.clone().requires_grad_()
+    total, _ = retaken(made, leaf, x)
+    (expected,) = torch.autograd.grad((torch.stack(total).mean(0) * advantages(result.scores[0])).mean(), leaf)
     assert expected.abs().max() > 1e-4
     torch.testing.assert_close(result.gradient, expected, rtol=1e-3, atol=1e-5)
 
@@ -234,24 +248,23 @@ def test_inner_updates_leave_the_sampling_weights():
     bound = torch.full_like(start, math.inf)
     solver = Policy(Problem(start, -bound, bound, 9, batch=3), GradientOptions(learning_rate=0.01, decay=1.0))
     x = solver.ask()
-    result = made(x, SEEDS, gradient=True)
-    images = made.sampler.images
-    solver.tell(x, result.value, result.gradient)
-    made.reuse(solver, result.value)
+    (result,) = made([samples(x[:1])])
+    images, scores = made.sampler.images, result.scores[0]
+    solver.tell(x, scores, result.gradient.expand(3, -1))
+    for _ in range(2):
+        now = solver.ask()
+        solver.tell(now, scores, result.again(now[:1]).expand(3, -1))
     assert made.sampler.images == images == 3
-    assert solver.solver.updates == 3
-    ratios: list[Tensor] = []
-    conditioning = made.space.apply(solver.ask(), made.conditioning, full=True)[0]
-    replayed(
-        made.sampler, conditioning, made.trajectories[0], lambda now, then: ratios.append((now - then).exp().detach())
-    )
-    away = (torch.stack(ratios) - 1).abs()
-    assert (away > 1e-4).float().mean() > 0.9
-    paid = (torch.stack(ratios) - 1) * made.advantage
-    assert paid.mean() > 0  # what scored well has become more likely
-    clipped = made.again(solver.ask())
+    point = solver.ask()[:1]
+    total, trajectory = retaken(made, point, x[:1])
+    ratios = torch.stack([
+        (now - then).exp().detach() for now, then in zip(total, trajectory.log_probability, strict=True)
+    ])  # fmt: skip
+    assert ((ratios - 1).abs() > 1e-4).float().mean() > 0.9
+    assert ((ratios - 1) * advantages(scores)).mean() > 0  # what scored well has become more likely
+    clipped = result.again(point)
     made.config = replace(made.config, clip_range=10.0)
-    assert (clipped - made.again(solver.ask())).norm() > 0.1 * clipped.norm()
+    assert (clipped - result.again(point)).norm() > 0.1 * clipped.norm()
 
 
 class Opaque(tiny.Redness):

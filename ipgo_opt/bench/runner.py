@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ipgo_opt.bench.suites import Part, needs_gradient
-from ipgo_opt.comparison import Cell, Watcher, measure
+from ipgo_opt.comparison import Cell, Watcher, given, measure
 from ipgo_opt.errors import BadInput, RunFailed
 from ipgo_opt.store import read_run
 
@@ -82,7 +82,7 @@ def _seconds_per_image(cell: Cell) -> float:
     changed = {"budget": 4 * cell.config.search_seeds, "held_out": 0, "seed_share": 0.0, "batch_size": 1}
     if cell.config.space == "seeds":
         changed["seed_share"] = 1.0
-    settings = {name: value for name, value in vars(cell.config).items() if name != "prompt"} | changed
+    settings = given(cell.config) | changed
     for _ in range(2):  # the first loads
         begun = time.monotonic()
         summary = optimize(cell.prompt, loaded=_loaded, **settings).summary
