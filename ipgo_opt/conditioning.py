@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -93,6 +94,23 @@ class Conditioning:
             negative_mask=_lengthened(self.negative_mask, length),
         )
 
+    @staticmethod
+    def stacked(parts: Sequence[Conditioning]) -> Conditioning:
+        """The rows of several, one after the other; shorter sequences repeat their last state (padding)."""
+        longest = max(part.prompt_embeds.shape[1] for part in parts)
+        negatives = [part.negative_prompt_embeds for part in parts if part.negative_prompt_embeds is not None]
+        longest_negative = max((negative.shape[1] for negative in negatives), default=0)
+        masks = [_lengthened(part.mask, longest) for part in parts]
+        negative_masks = [_lengthened(part.negative_mask, longest_negative) for part in parts]
+        return replace(
+            parts[0],
+            prompt_embeds=torch.cat([_padded(part.prompt_embeds, longest) for part in parts]),
+            negative_prompt_embeds=_joined([_padded(negative, longest_negative) for negative in negatives]),
+            extra={name: torch.cat([part.extra[name] for part in parts]) for name in parts[0].extra},
+            mask=_joined([mask for mask in masks if mask is not None]),
+            negative_mask=_joined([mask for mask in negative_masks if mask is not None]),
+        )
+
 
 def _places(mask: Tensor, before: int, after: int) -> Tensor:
     """Which of (prefix, states, suffix) stands at each place, (B, M + L + M'), so that padding stays outside."""
@@ -108,6 +126,10 @@ def _places(mask: Tensor, before: int, after: int) -> Tensor:
 def _padded(states: Tensor, length: int) -> Tensor:
     missing = length - states.shape[1]
     return states if missing == 0 else torch.cat([states, states[:, -1:].expand(-1, missing, -1)], dim=1)
+
+
+def _joined(tensors: list[Tensor]) -> Tensor | None:
+    return torch.cat(tensors) if tensors else None
 
 
 def _lengthened(mask: Tensor | None, length: int) -> Tensor | None:

@@ -14,7 +14,7 @@ from ipgo_opt.config import RunConfig
 from ipgo_opt.errors import RunFailed
 from ipgo_opt.objective import Evaluation, Objective
 from ipgo_opt.store import Store
-from ipgo_opt.strategies.base import Strategy
+from ipgo_opt.strategies.base import Exhausted, Strategy
 
 MOST_FAILURES = 10
 """Evaluations in a row without a finite reward after which a run gives up."""
@@ -96,7 +96,11 @@ class Loop:
             self.try_seeds()
             self.save(strategy)
         while self.evaluation <= steps:
-            self.step(strategy)
+            try:
+                self.step(strategy)
+            except Exhausted as end:
+                self.reporter.warned(f"{end} The search ends after {len(self.history)} of {self.config.budget} images.")
+                return
             self.save(strategy)
 
     def save(self, strategy: Strategy) -> None:
@@ -106,7 +110,7 @@ class Loop:
     def step(self, strategy: Strategy) -> None:
         """Asks, evaluates, records and tells."""
         x = strategy.ask()
-        made = self.objective(x, self.seeds, gradient=strategy.uses_gradient)
+        made = self.objective(x, self.seeds, gradient=strategy.uses_gradient, update=self.evaluation - 1)
         self._record(x, made)
         value, gradient = self._told(made)
         strategy.tell(x, value, gradient)
@@ -140,7 +144,7 @@ class Loop:
         bests = []
         for k in range(len(made.scores)):
             reward = float(made.scores[k].mean())
-            if math.isfinite(reward) and reward > self.best:
+            if math.isfinite(reward) and reward > self.best and not made.estimate:
                 self.best, self.best_x = reward, x[k].clone()
                 self.store.write_image("best.png", made.images[k * len(self.seeds)])
             bests += [self.best] * len(self.seeds)
@@ -164,6 +168,7 @@ class Loop:
                     "penalty": finite(made.penalty[k]),
                     "best": finite(bests[k * len(seeds) + s]),
                     "seconds": seconds,
+                    **made.notes[k],
                 }
                 records.append(entry)
         self.failures = 0 if bool(made.scores.mean(1).isfinite().any()) else self.failures + 1

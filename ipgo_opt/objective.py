@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ipgo_opt.conditioning import Conditioning
 from ipgo_opt.config import RunConfig
+from ipgo_opt.models.shortcut import shortcut_step
 from ipgo_opt.rewards.base import Reward, WeightedSum
+from ipgo_opt.spaces.base import Readable
 
 if TYPE_CHECKING:
     from ipgo_opt.models.sampler import Sampler
@@ -21,7 +23,8 @@ class Evaluation:
     """Images and scores of q candidates on S seeds.
 
     `images` (q·S, 3, H, W); `scores` (q, S) and each of `parts`, `judge` likewise; `value` (q,) what the solver
-    maximizes; `gradient` (q, D) of it, if asked for.
+    maximizes; `gradient` (q, D) of it, if asked for; `notes` what each candidate's lines in the history hold beside
+    their numbers; `estimate` says that the images are not the candidates' own but estimates, which are no result.
     """
 
     images: Tensor
@@ -31,6 +34,8 @@ class Evaluation:
     penalty: Tensor
     value: Tensor
     gradient: Tensor | None
+    notes: list[dict[str, Any]] = field(default_factory=list)
+    estimate: bool = False
 
 
 class Objective:
@@ -60,13 +65,26 @@ class Objective:
         conditioning, penalty = self.space.apply(x, self.conditioning, full=self.full)
         return conditioning, penalty
 
-    def __call__(self, x: Tensor | None, seeds: list[int], *, gradient: bool = False) -> Evaluation:
-        """Evaluates points x (q, D), or the raw prompt, on every seed."""
+    def readable(self, x: Tensor | None) -> dict[str, str]:
+        """The texts that a point x (D,), or the raw prompt, stands for, by name, in a space that has texts."""
+        if not isinstance(self.space, Readable):
+            return {}
+        if x is None:
+            return {"prompt": self.config.prompt, "negative_prompt": self.config.negative_prompt}
+        return self.space.readable(x, full=self.full)
+
+    def __call__(self, x: Tensor | None, seeds: list[int], *, gradient: bool = False, update: int = 0) -> Evaluation:
+        """Evaluates points x (q, D), or the raw prompt, on every seed; `update` is the solver's, from 0."""
+        shortcut = None
+        if gradient and self.config.estimates:
+            shortcut = shortcut_step(update, self.config.shortcut_start, self.config.num_inference_steps)
         leaf = x.detach().clone().requires_grad_() if gradient and x is not None else x
         with torch.set_grad_enabled(gradient):
             conditioning, penalty = self.applied(leaf)
             q = len(conditioning)
-            images = self.sampler.generate(conditioning.repeat(len(seeds)), seeds * q, gradient=gradient)
+            images = self.sampler.generate(
+                conditioning.repeat(len(seeds)), seeds * q, gradient=gradient, shortcut=shortcut
+            )
             prompts = [self.config.prompt] * len(images)
             parts = self.reward.parts(images, prompts)
             scores = self.reward.total(parts).view(q, len(seeds))
@@ -84,4 +102,8 @@ class Objective:
             penalty.detach().float().cpu(),
             value.detach().float().cpu(),
             slope,
+            [{"estimate": True}] * q
+            if shortcut is not None
+            else [self.readable(row) for row in ([None] if x is None else x)],
+            shortcut is not None,
         )

@@ -27,10 +27,14 @@ from ipgo_opt.objective import Evaluation, Objective
 from ipgo_opt.rewards import JUDGES
 from ipgo_opt.rewards.base import Reward, RewardFailed, Term, WeightedSum, prepare, shown
 from ipgo_opt.rewards.custom import from_object
+from ipgo_opt.rewards.goals import goal
+from ipgo_opt.rewards.similarity import Embed, prepare_similarity, similarity
 from ipgo_opt.spaces import SPACES
 from ipgo_opt.store import FORMAT, Store, check_out, read_run, to_pil
 from ipgo_opt.strategies import STRATEGIES
 from ipgo_opt.strategies.base import Problem, Strategy
+from ipgo_opt.strategies.llm import LlmOptions
+from ipgo_opt.strategies.promptist import PromptistOptions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -259,11 +263,30 @@ def _prepare(config: RunConfig, custom: Reward | None, loaded: dict[Any, Any]) -
     pipeline = once(load_pipeline, config.model_source(), device, dtype, config.memory_levers())
     sampler = make_sampler(pipeline, config.sampler_settings, scheduler=config.scheduler, chunk=config.chunk)
     space = SPACES.load(config.space).made(config, sampler)
+    if config.task == "attack":
+        reward = reward.negated()
+        embed = once(_similarity, config.similarity, device, config.model in EMBEDDED)
+        space.keep_similar(lambda texts: similarity(embed, texts, config.prompt), config.similarity_floor)
     return _Parts(strategy_class, reward, judge, sampler, space)
 
 
 def _reward(spec: str, device: str, embedded: bool) -> WeightedSum:
     return prepare(spec, embedded).load(device)
+
+
+def _similarity(spec: str, device: str, embedded: bool) -> Embed:
+    return prepare_similarity(spec, embedded)(device)
+
+
+def _options(config: RunConfig, space: Any) -> list[Any]:
+    """What a strategy is given beside its problem."""
+    if config.strategy == "gradient":
+        return [config.gradient_options()]
+    if config.strategy == "llm":
+        return [space.texts, config.chat(), LlmOptions(config.llm_mode, goal(config.reward), config.prompt)]
+    if config.strategy == "promptist":
+        return [space.texts, PromptistOptions(config.promptist, config.promptist_template, config.trust_remote_code)]
+    return []
 
 
 def _judge(name: str, device: str, embedded: bool) -> Reward:
@@ -287,10 +310,9 @@ def _execute(
     steps = (config.budget - config.tried_seeds) // (config.search_seeds * config.batch_size)
     problem = Problem(
         coordinates.start, coordinates.lower, coordinates.upper, max(steps, 1) * config.batch_size, config.batch_size,
-        config.seed,
+        config.seed, coordinates.groups,
     )  # fmt: skip
-    options = [config.gradient_options()] if config.strategy == "gradient" else []
-    strategy: Strategy = strategy_class(problem, *options)
+    strategy: Strategy = strategy_class(problem, *_options(config, space))
 
     loop = Loop(config, store, reporter, Objective(config, sampler, reward, judge, space, full))
     state = store.load_checkpoint()
@@ -374,6 +396,7 @@ def _verdict(loop: Loop, reward: WeightedSum, judge: Reward | None) -> dict[str,
         "search_reward": loop.best,
         "held_out": held_out,
         "judge": verdict,
+        "optimized": objective.readable(loop.best_x) or None,
         "failed": sum(record["reward"] is None for record in loop.history),
         "out": str(loop.store.folder),
     }
@@ -392,6 +415,7 @@ def _write_best(loop: Loop, space: Any) -> None:
         "format": "ipgo-opt conditioning 1",
         "prompt": config.prompt,
         "negative_prompt": config.negative_prompt,
+        **{f"optimized_{name}": text for name, text in objective.readable(loop.best_x).items()},
         "model": config.model,
         "revision": config.revision,
         "scheduler": type(objective.sampler.pipeline.scheduler).__name__,

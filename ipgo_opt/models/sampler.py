@@ -20,8 +20,10 @@ from torch import Tensor
 
 from ipgo_opt.conditioning import Conditioning
 from ipgo_opt.errors import BadInput
-from ipgo_opt.models.gate import Gate, denoiser, first_input, shadowed, tensors
+from ipgo_opt.models.gate import Gate, denoiser, first_input, shadowed, tensors, undecorated
 from ipgo_opt.models.interface import Interface
+from ipgo_opt.models.mixing import Mixed, mixing
+from ipgo_opt.models.shortcut import Shortcut
 
 
 @dataclass(frozen=True)
@@ -165,9 +167,33 @@ class Sampler:
         return math.prod(self._packing.state)
 
     @torch.no_grad()
-    def encode(self, prompt: str) -> Conditioning:
-        """The conditioning of one prompt (batch 1), exactly as the pipeline itself encodes it."""
-        named = self._named(self._listen(prompt))
+    def encode(self, prompt: str, negative_prompt: str | None = None) -> Conditioning:
+        """The conditioning of one prompt (batch 1), exactly as the pipeline itself encodes it.
+
+        With `negative_prompt`, that stands in the unconditional half instead of the settings'.
+        """
+        return self._encode(prompt, negative_prompt)
+
+    def encode_mixed(self, prompt: Mixed, negative_prompt: Mixed) -> Conditioning:
+        """The conditioning of texts in which words are mixed, differentiable with respect to the weights.
+
+        Raises:
+            BadInput: the pipeline's encoders can't read mixtures, or let no gradient through.
+
+        """
+        with mixing(self.pipeline, [prompt, negative_prompt]):
+            conditioning = self._encode(prompt.text, negative_prompt.text)
+        wanted = torch.is_grad_enabled() and any(slot.weights.requires_grad for slot in prompt.slots)
+        if wanted and prompt.mixes and not conditioning.prompt_embeds.requires_grad:
+            raise BadInput(f"{type(self.pipeline).__name__} encodes prompts without a gradient.")
+        return conditioning
+
+    def reads_negative(self) -> bool:
+        """Whether a negative prompt changes the image: whether the pipeline, as it is set, encodes one."""
+        return self._packing.lists == 0 and "negative_prompt_embeds" in self._named(self._heard)
+
+    def _encode(self, prompt: str, negative_prompt: str | None) -> Conditioning:
+        named = self._named(self._listen(prompt, negative_prompt))
         packing = self._packing
         states = packing.opened(named.pop("prompt_embeds"))
         if states is None:
@@ -183,15 +209,18 @@ class Sampler:
             fixed_length=hasattr(denoiser(self.pipeline).config, "text_len"),
         )
 
-    def _listen(self, prompt: str) -> _Heard:
+    def _listen(self, prompt: str, negative_prompt: str | None = None) -> _Heard:
         """Runs the pipeline on a prompt until its first denoiser call."""
         heard, settings = _Heard(), self.settings
         texts = {"prompt": prompt}
+        negative = settings.negative_prompt if negative_prompt is None else negative_prompt
         true_cfg = self.interface.guidance == "true_cfg_scale" or settings.true_cfg_scale > 1
-        if settings.negative_prompt or true_cfg:  # which some pipelines take for off until they are given a prompt
-            texts["negative_prompt"] = settings.negative_prompt
+        if negative or true_cfg:  # which some pipelines take for off until they are given a prompt
+            texts["negative_prompt"] = negative
         with (
-            shadowed(self.pipeline, "encode_prompt", heard.listening),
+            shadowed(
+                self.pipeline, "encode_prompt", lambda encode: heard.listening(undecorated(self.pipeline, encode))
+            ),
             shadowed(denoiser(self.pipeline), "forward", heard.stopping),
         ):
             try:
@@ -274,18 +303,23 @@ class Sampler:
             states.append(read[begins : begins + len(part)].float().cpu())
         return torch.cat(states)
 
-    def generate(self, conditioning: Conditioning, seeds: Sequence[int], *, gradient: bool = False) -> Tensor:
+    def generate(
+        self, conditioning: Conditioning, seeds: Sequence[int], *, gradient: bool = False, shortcut: int | None = None
+    ) -> Tensor:
         """One image per row of `conditioning` and seed: (B, 3, H, W) in [0, 1], float32.
 
         The noise of a seed is the same whatever the batch and the device (drawn on the CPU). With `gradient`, the
-        result is differentiable with respect to the conditioning through the last `grad_steps` steps.
+        result is differentiable with respect to the conditioning through the last `grad_steps` steps; with `shortcut`,
+        through that sampler step (from 0) alone, and it is what the clean image is estimated to be at that step.
         """
         if len(conditioning) != len(seeds):
             raise BadInput(f"one seed per row is needed, but got {len(conditioning)} rows and {len(seeds)} seeds.")
         images = []
         for start in range(0, len(seeds), self.chunk):
             rows = slice(start, start + self.chunk)
-            images.append(self._generate(conditioning.map(lambda t, rows=rows: t[rows]), seeds[rows], gradient))
+            images.append(
+                self._generate(conditioning.map(lambda t, rows=rows: t[rows]), seeds[rows], gradient, shortcut)
+            )
         return images[0] if len(images) == 1 else torch.cat(images)
 
     def tensors(self, conditioning: Conditioning) -> dict[str, Tensor]:
@@ -302,7 +336,9 @@ class Sampler:
         }
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
-    def _generate(self, conditioning: Conditioning, seeds: Sequence[int], gradient: bool) -> Tensor:
+    def _generate(
+        self, conditioning: Conditioning, seeds: Sequence[int], gradient: bool, shortcut: int | None
+    ) -> Tensor:
         packed = {
             name: self._packing.closed(tensor) if name in STATES else tensor
             for name, tensor in self.tensors(conditioning).items()
@@ -310,7 +346,11 @@ class Sampler:
         if "negative_prompt" in self.interface.arguments:
             packed["negative_prompt"] = None  # "" by default in some pipelines
         searched = [tensor for tensor in tensors(packed) if tensor.requires_grad]
-        gate = Gate(self.pipeline, self.settings.grad_steps if gradient else 0, len(seeds), searched)
+        gate = (
+            Gate(self.pipeline, self.settings.grad_steps if gradient else 0, len(seeds), searched)
+            if shortcut is None
+            else Shortcut(self.pipeline, shortcut, len(seeds), searched)
+        )
         with gate, nullcontext() if gradient else torch.no_grad():
             images = self.call(self.pipeline, **packed, **self._arguments(seeds))[0]
         self.images, self.size = self.images + len(seeds), (images.shape[-2], images.shape[-1])

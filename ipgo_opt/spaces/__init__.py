@@ -6,6 +6,10 @@ SPACES = Registry(
     "space",
     {
         "tokens": Entry("ipgo_opt.spaces.tokens:TokenSpace", "IPGO's prefix and suffix tokens V = R2(θ2) R1(θ1) E Z"),
+        "words": Entry(
+            "ipgo_opt.spaces.words:WordSpace", "DPO-Diff's choices of words: a readable prompt and negative one"
+        ),
+        "texts": Entry("ipgo_opt.spaces.texts:TextSpace", "prompts that a language model writes"),
         "seeds": Entry("ipgo_opt.spaces.seeds:SeedSpace", "nothing but the seed of the noise: best-of-n"),
     },
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -22,12 +22,14 @@ class Coordinates:
         start: where a search begins, (D,).
         lower: least value of each coordinate, (D,), −inf where there is none.
         upper: greatest value of each coordinate, (D,), inf where there is none.
+        groups: sizes of consecutive groups of coordinates that each stand for one choice, the largest wins; or ().
 
     """
 
     start: Tensor
     lower: Tensor
     upper: Tensor
+    groups: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.start)
@@ -63,4 +65,13 @@ class Space(Protocol):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores what `state_dict` gave."""
+        ...
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """A space whose points are texts that a person can read and give to any model."""
+
+    def readable(self, x: Tensor, *, full: bool) -> dict[str, str]:
+        """The texts of a point x (D,): "prompt" and "negative_prompt"."""
         ...
