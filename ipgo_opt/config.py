@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from ipgo_opt.llm import Chat
     from ipgo_opt.models.interface import Interface
     from ipgo_opt.models.sampler import SamplerSettings
-    from ipgo_opt.spaces.wordlists import WordLists
     from ipgo_opt.spaces.tokens import TokenShape
+    from ipgo_opt.spaces.wordlists import WordLists
     from ipgo_opt.strategies.gradient import GradientOptions
 
 FIRST_HELD_OUT_SEED = 10_000_000
@@ -417,9 +417,7 @@ def check(config: RunConfig) -> ModelSource:
     if strangers:
         raise BadInput(f"{strangers[0]!r} knows the embedded model's world only, but got model={config.model!r}.")
     if config.space == "seeds" and config.seed_share != 1:
-        raise BadInput(
-            f"the space of seeds has nothing else to search (`seed_share == 1`), but got seed_share={config.seed_share}."
-        )
+        raise BadInput(f"the space of seeds has nothing else to search, but got seed_share={config.seed_share}, not 1.")
     if config.scheduler:
         import diffusers
 

@@ -46,7 +46,7 @@ def require_endpoint() -> str:
     address = endpoint()
     if address is None:
         raise BadInput(
-            "a language model needs an OpenAI-compatible endpoint, but neither OPENAI_BASE_URL nor OPENAI_API_KEY is set."
+            "a language model needs an OpenAI-compatible endpoint, but OPENAI_BASE_URL and OPENAI_API_KEY are not set."
         )  # fmt: skip
     return address
 

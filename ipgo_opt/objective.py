@@ -73,6 +73,12 @@ class Objective:
             return {"prompt": self.config.prompt, "negative_prompt": self.config.negative_prompt}
         return self.space.readable(x, full=self.full)
 
+    def _notes(self, x: Tensor | None, q: int, estimate: bool) -> list[dict[str, Any]]:
+        """What is noted of q candidates beside their numbers."""
+        if estimate:
+            return [{"estimate": True}] * q
+        return [self.readable(None if x is None else x[k]) for k in range(q)]
+
     def __call__(self, x: Tensor | None, seeds: list[int], *, gradient: bool = False, update: int = 0) -> Evaluation:
         """Evaluates points x (q, D), or the raw prompt, on every seed; `update` is the solver's, from 0."""
         shortcut = None
@@ -102,8 +108,6 @@ class Objective:
             penalty.detach().float().cpu(),
             value.detach().float().cpu(),
             slope,
-            [{"estimate": True}] * q
-            if shortcut is not None
-            else [self.readable(row) for row in ([None] if x is None else x)],
+            self._notes(x, q, shortcut is not None),
             shortcut is not None,
         )

@@ -1,4 +1,4 @@
-"""How similar two sentences are: the cosine of their embeddings, by a CLIP's text encoder or a function of the user's."""
+"""How similar two sentences are: the cosine of their embeddings by a CLIP's text encoder or a user's function."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ipgo_opt.errors import BadInput, RunFailed
-from ipgo_opt.rewards.base import FUNCTION, is_member, prepare
+from ipgo_opt.rewards import is_member
+from ipgo_opt.rewards.base import FUNCTION, prepare
 from ipgo_opt.rewards.custom import located
 
 Embed = Callable[[list[str]], Any]

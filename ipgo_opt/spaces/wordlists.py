@@ -4,7 +4,7 @@ The file is one object with any of three members:
 
     {"synonyms": {"fox": ["vixen", "red fox"]},     choices beside a word or phrase of the prompt
      "additions": [["at dawn", "at night"]],        each list: one of its choices, or nothing, after the prompt
-     "negative": ["blurry", ["cat", "dog"]]}        each entry: it, one of its choices, or nothing, in the negative prompt
+     "negative": ["blurry", ["cat", "dog"]]}        each entry: one of its choices, or nothing, in the negative prompt
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ LIBRARY = (
     "duplicate", "extra limbs", "ugly",
 )  # fmt: skip
 """A negative-prompt library for models of photographs and paintings, beside WordNet's antonyms."""
+
+WORD = re.compile(r"[^\W\d_]+")
+"""Letters in a row."""
 
 LONGEST = 200
 """Characters of a choice."""
@@ -117,7 +120,7 @@ def from_file(path: Path) -> WordLists:
 
 def from_wordnet(prompt: str, wordnet: WordNet) -> WordLists:
     """Synonyms of the prompt's words; antonyms of them, where there are some, and a library for the negative prompt."""
-    words = dict.fromkeys(re.findall(r"[^\W\d_]+", prompt.lower()))
+    words = dict.fromkeys(WORD.findall(prompt.lower()))
     synonyms = {word: found for word in words if (found := wordnet.synonyms(word))}
     opposed = tuple(found for word in words if (found := wordnet.antonyms(word)))
     return WordLists(synonyms, (), opposed + tuple((entry,) for entry in LIBRARY) if synonyms or opposed else ())
@@ -131,7 +134,7 @@ def from_vocabulary(prompt: str, path: Path, attack: bool) -> WordLists:
     places, styles and relations.
     """
     world = json.loads(path.read_text())
-    said = f" {' '.join(re.findall(r'[^\W\d_]+', prompt.lower()))} "
+    said = f" {' '.join(WORD.findall(prompt.lower()))} "
 
     def named(phrases: list[str]) -> list[str]:
         return [phrase for phrase in phrases if f" {phrase} " in said]

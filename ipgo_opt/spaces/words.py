@@ -156,9 +156,10 @@ class WordSpace:
     @cached_property
     def templates(self) -> tuple[Template, Template]:
         """Of the prompt and of the negative prompt; BadInput if neither has a position."""
+        reads_negative = self.sampler.reads_negative()
         return templates(
-            self.prompt, self.negative_prompt, self.lists, attack=self.attack, reads_negative=self.sampler.reads_negative()
-        )  # fmt: skip
+            self.prompt, self.negative_prompt, self.lists, attack=self.attack, reads_negative=reads_negative
+        )
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -187,7 +188,7 @@ class WordSpace:
         known = zlib.crc32(x.detach().cpu().numpy().tobytes(), row)
         generator = torch.Generator().manual_seed(self.seed * 2**32 + known)
         noise = -torch.empty(len(x)).exponential_(generator=generator).log().to(x)
-        weights = [one.softmax(0) for one in (x + noise).split(self.sizes)]
+        weights = [one.softmax(0) for one in torch.split(x + noise, self.sizes)]
         first = len(self.templates[0].positions)
         return self.sampler.encode_mixed(
             self.templates[0].mixed(weights[:first]), self.templates[1].mixed(weights[first:])
@@ -196,7 +197,7 @@ class WordSpace:
     def texts(self, x: Tensor, *, full: bool) -> tuple[str, str]:
         """The prompt and the negative prompt of a point x (D,)."""
         if full:
-            chosen = [int(one.argmax()) for one in x.split(self.sizes)]
+            chosen = [int(one.argmax()) for one in torch.split(x, self.sizes)]
         else:
             chosen = [min(max(round(float(k)), 0), n - 1) for k, n in zip(x, self.sizes, strict=True)]
         first = len(self.templates[0].positions)
@@ -204,7 +205,7 @@ class WordSpace:
         return self.templates[0].write(own)[0], self.templates[1].write(chosen[first:])[0]
 
     def _near(self, chosen: list[int]) -> list[int]:
-        """The choices for the prompt, less those that take the text below the floor; the first taken back helps most."""
+        """The choices for the prompt without those that take it below the floor, the one that takes most first."""
         if self._similar is None:
             return chosen
         write = self.templates[0].write
