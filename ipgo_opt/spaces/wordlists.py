@@ -129,9 +129,9 @@ def from_wordnet(prompt: str, wordnet: WordNet) -> WordLists:
 def from_vocabulary(prompt: str, path: Path, attack: bool) -> WordLists:
     """What the embedded model can say instead of the prompt's words, and beside them.
 
-    To improve: the size of a thing, the relation of two, a place and a style that the prompt does not name; for the
-    negative prompt things of the same kinds, places and styles. To attack: other things of the same kind, other
-    places, styles and relations.
+    To improve: the size of a thing, the relation of two, a place if the prompt names none; for the negative prompt
+    other things of the same kinds and other places. To attack: other things of the same kind, other places, styles and
+    relations.
     """
     world = json.loads(path.read_text())
     said = f" {' '.join(WORD.findall(prompt.lower()))} "
@@ -139,26 +139,23 @@ def from_vocabulary(prompt: str, path: Path, attack: bool) -> WordLists:
     def named(phrases: list[str]) -> list[str]:
         return [phrase for phrase in phrases if f" {phrase} " in said]
 
-    synonyms: dict[str, tuple[str, ...]] = {}
-    negative = []
-    for things in world["things"].values():
-        for thing in named(things):
-            others = tuple(other for other in things if other not in named(things))
-            sizes = () if named([f"{size} {thing}" for size in world["sizes"]]) else world["sizes"]
-            synonyms[thing] = others if attack else tuple(f"{size} {thing}" for size in sizes)
-            if others not in negative:
-                negative.append(others)
-    additions = []
-    for phrases in (world["places"], world["styles"]):
-        others = tuple(phrase for phrase in phrases if phrase not in named(phrases))
-        for phrase in named(phrases) if attack else ():
-            synonyms[phrase] = others
-        if not named(phrases):
-            additions.append(others if phrases is world["places"] else tuple(f", {style}" for style in others))
-        negative.append(others)
-    for relation in named(world["relations"]):
-        synonyms[relation] = tuple(other for other in world["relations"] if other != relation)
-    return WordLists(synonyms, tuple(additions), tuple(negative))
+    def others(phrases: list[str]) -> tuple[str, ...]:
+        return tuple(phrase for phrase in phrases if phrase not in named(phrases))
+
+    relations = {one: others(world["relations"]) for one in named(world["relations"])}
+    kinds = [things for things in world["things"].values() if named(things)]
+    if attack:
+        groups = [*kinds, world["places"], world["styles"]]
+        exchanged = {one: others(phrases) for phrases in groups for one in named(phrases)}
+        return WordLists(exchanged | relations)
+    sizes = {
+        thing: tuple(f"{size} {thing}" for size in world["sizes"])
+        for things in kinds
+        for thing in named(things)
+        if not named([f"{size} {thing}" for size in world["sizes"]])
+    }
+    places = () if named(world["places"]) else (tuple(world["places"]),)
+    return WordLists(sizes | relations, places, (*(others(things) for things in kinds), others(world["places"])))
 
 
 def from_llm(prompt: str, chat: Chat) -> WordLists:

@@ -188,7 +188,7 @@ class WordSpace:
         known = zlib.crc32(x.detach().cpu().numpy().tobytes(), row)
         generator = torch.Generator().manual_seed(self.seed * 2**32 + known)
         noise = -torch.empty(len(x)).exponential_(generator=generator).log().to(x)
-        weights = [one.softmax(0) for one in torch.split(x + noise, self.sizes)]
+        weights = [one.softmax(0) for one in torch.split(x + noise, list(self.sizes))]
         first = len(self.templates[0].positions)
         return self.sampler.encode_mixed(
             self.templates[0].mixed(weights[:first]), self.templates[1].mixed(weights[first:])
@@ -197,7 +197,7 @@ class WordSpace:
     def texts(self, x: Tensor, *, full: bool) -> tuple[str, str]:
         """The prompt and the negative prompt of a point x (D,)."""
         if full:
-            chosen = [int(one.argmax()) for one in torch.split(x, self.sizes)]
+            chosen = [int(one.argmax()) for one in torch.split(x, list(self.sizes))]
         else:
             chosen = [min(max(round(float(k)), 0), n - 1) for k, n in zip(x, self.sizes, strict=True)]
         first = len(self.templates[0].positions)

@@ -31,6 +31,8 @@ class EvolutionOptions:
         mutants: children of a generation by mutation.
         crossings: children of a generation by crossing.
         rate: probability that a coordinate mutates; at least one does.
+        keep: probability that a coordinate of the first population stays as it is at the start (0 in the paper, whose
+            lists hold synonyms only: with choices that change what is shown, most of what is drawn would be worse).
 
     """
 
@@ -39,12 +41,15 @@ class EvolutionOptions:
     mutants: int = 10
     crossings: int = 10
     rate: float = 0.1
+    keep: float = 0.6
 
     def __post_init__(self) -> None:
-        if min(self.population, self.parents, self.mutants, self.crossings) < 1 or not 0 < self.rate <= 1:
+        if min(self.population, self.parents, self.mutants, self.crossings) < 1 or not (
+            0 < self.rate <= 1 and 0 <= self.keep < 1
+        ):
             raise BadInput(
-                "`population >= 1`, `parents >= 1`, `mutants >= 1`, `crossings >= 1` and `0 < rate <= 1` must hold, "
-                f"but got {self}."
+                "`population >= 1`, `parents >= 1`, `mutants >= 1`, `crossings >= 1`, `0 < rate <= 1` "
+                f"and `0 <= keep < 1` must hold, but got {self}."
             )
 
 
@@ -107,7 +112,8 @@ class Evolution:
 
     def _drawn(self) -> Tensor:
         numbers = [torch.multinomial(one, 1, generator=self.generator)[0] for one in self.weights]
-        return self.problem.lower + torch.stack(numbers).to(self.problem.lower)
+        drawn = self.problem.lower + torch.stack(numbers).to(self.problem.lower)
+        return torch.where(self._random(len(drawn)) < self.options.keep, self.problem.start, drawn)
 
     def _parent(self) -> Tensor:
         best = self.value.argsort(descending=True, stable=True)[: self.options.parents]

@@ -89,7 +89,7 @@ class Hybrid:
 
     def distribution(self) -> list[Tensor]:
         """The learned probabilities of each group's choices."""
-        return [one.softmax(0) for one in torch.split(self.x, self.groups)]
+        return [one.softmax(0) for one in torch.split(self.x, list(self.groups))]
 
     def evolution(self, budget: int) -> EvolutionOptions:
         """How the second part searches."""
@@ -117,7 +117,7 @@ class Hybrid:
     def _numbers(self, x: Tensor) -> Tensor:
         """Choices (q, groups) of points (q, D), measured from the lower bounds."""
         above = (x - self.problem.lower) / (self.problem.upper - self.problem.lower).clamp(min=1e-12)
-        return torch.stack([one.argmax(1) for one in torch.split(above, self.groups, dim=1)], dim=1).to(self.x)
+        return torch.stack([one.argmax(1) for one in torch.split(above, list(self.groups), dim=1)], dim=1).to(self.x)
 
     def state_dict(self) -> dict[str, Any]:
         """Log-coefficients, update count, RMSprop's averages and the second part's state."""
@@ -145,4 +145,4 @@ class Gpo(Hybrid):
 
     def evolution(self, budget: int) -> EvolutionOptions:
         """A population as large as what is left of the budget, and no generations."""
-        return EvolutionOptions(population=2 * budget)
+        return EvolutionOptions(population=2 * budget, keep=0.0)
