@@ -21,11 +21,15 @@ UPPER = torch.tensor([1.0, 2.0, 3.0, 0.5, 1.0, -1.0])
 BEST = torch.tensor([0.3, 1.9, -1.0, 0.1, 2.0, -1.2])
 """Where the quadratic is largest; its fifth coordinate is out of bounds."""
 
-WITHOUT_CHANCE = {"gradient"}
-"""Strategies that draw no random numbers."""
+WITHOUT_CHANCE = {"gradient", "hybrid", "gpo"}
+"""Strategies that draw no random numbers in their first eight steps."""
 
-NAMES = [name for name in STRATEGIES if not name.endswith(":NAME")] + ["nevergrad:DE", "nevergrad:OnePlusOne"]
-"""Every strategy, and two members of the family that Nevergrad is."""
+WRITERS = {"llm", "promptist"}
+"""Strategies whose points are numbers of texts that they write: tests/test_rewriting.py."""
+
+NAMES = [name for name in STRATEGIES if not name.endswith(":NAME") and name not in WRITERS]
+NAMES += ["nevergrad:DE", "nevergrad:OnePlusOne"]
+"""Every other strategy, and two members of the family that Nevergrad is."""
 
 OPTIONS = {"bayes": [BayesOptions(candidates=50, raw=8, restarts=1, climb=2, fit=4)]}
 """Settings of strategies that would take minutes here with their own."""

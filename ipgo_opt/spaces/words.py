@@ -185,8 +185,8 @@ class WordSpace:
         )  # a mixture of nothing but empty words depends on x all the same
 
     def _relaxed(self, x: Tensor, row: int) -> Conditioning:
-        known = zlib.crc32(x.detach().cpu().numpy().tobytes(), row)
-        generator = torch.Generator().manual_seed(self.seed * 2**32 + known)
+        known = zlib.crc32(x.detach().cpu().numpy().tobytes(), zlib.crc32(f"{self.seed} {row}".encode()))
+        generator = torch.Generator().manual_seed(known)
         noise = -torch.empty(len(x)).exponential_(generator=generator).log().to(x)
         weights = [one.softmax(0) for one in torch.split(x + noise, list(self.sizes))]
         first = len(self.templates[0].positions)
@@ -248,6 +248,6 @@ def templates(
         other = negative_template(negative_prompt, lists)
     if not own.positions and not other.positions:
         raise BadInput(
-            f"the word lists must hold a choice for some word of the prompt, but for {prompt!r} there is none."
+            f"the word lists must hold a choice for a word of the prompt, but for {prompt!r} there is none."
         )
     return own, other
