@@ -502,13 +502,13 @@ def test_similarity_by_a_function(tmp_path):
 
 def test_texts_below_the_floor_take_words_back():
     """The word that helps most first, until the floor is kept."""
-    words = WordSpace("a b c", "", tiny.sampler(), lambda: WordLists({w: (w.upper(),) for w in "abc"}), attack=True)
-    cost = {"A": 0.3, "B": 0.1, "C": 0.05}
-    words.keep_similar(lambda texts: torch.tensor([1 - sum(cost.get(c, 0) for c in text) for text in texts]), 0.86)
-    last = words.coordinates(full=False).upper
-    assert words.texts(last, full=False)[0] == "a b C"  # 0.55 in all, 0.85 without A, 0.95 without B too
-    words.keep_similar(lambda texts: torch.tensor([1 - sum(cost.get(c, 0) for c in text) for text in texts]), 0.84)
-    assert words.texts(last, full=False)[0] == "a B C"
+    lists = WordLists({"a": ("x",), "b": ("y",), "c": ("z",)})
+    words = WordSpace("a b c", "", tiny.sampler(), lambda: lists, attack=True)
+    cost = {"x": 0.3, "y": 0.1, "z": 0.05}
+    last = torch.ones(3)
+    for floor, expected in ((0.5, "x y z"), (0.84, "a y z"), (0.86, "a b z"), (0.96, "a b c")):
+        words.keep_similar(lambda texts: torch.tensor([1 - sum(cost.get(c, 0) for c in one) for one in texts]), floor)
+        assert words.texts(last, full=False)[0] == expected
 
 
 # Runs
@@ -588,21 +588,21 @@ def test_a_stopped_search_ends_as_if_it_never_had_been(tiny_folder, tmp_path, st
     assert again.summary["optimized"] == whole.summary["optimized"]
 
 
-def test_an_attack_lowers_the_reward_above_the_floor(tmp_path):
+def test_an_attack_lowers_the_reward_above_the_floor():
     """On the embedded model: every prompt that was tried is at least as similar as the floor; the reward is negated."""
-    settings = {"task": "attack", "strategy": "evolution", "budget": 21, "held_out": 0, "num_inference_steps": 4}
-    result = optimize("a fox at sunset", space="words", reward="clip", similarity_floor=0.8, **settings)
+    prompt = "a fox and a rocket"
+    settings: dict[str, Any] = {"space": "words", "task": "attack", "reward": "clip", "strategy": "evolution"}
+    settings |= {"held_out": 0, "num_inference_steps": 4, "judge": "none"}
+    result = optimize(prompt, budget=21, **settings)
     tried = [record["prompt"] for record in result.history]
-    assert len(set(tried)) > 3
+    assert len(set(tried)) > 2
     embed = prepare_similarity("clip", True)("cpu")
-    assert similarity(embed, tried, "a fox at sunset").min() >= 0.8
+    assert similarity(embed, tried, prompt).min() >= 0.9
     assert all(record["reward"] == pytest.approx(-record["parts"]["clip"]) for record in result.history)
     assert result.reward > result.raw_reward
     assert all(record["negative_prompt"] == "" for record in result.history)
-    strict = optimize(
-        "a fox at sunset", space="words", reward="clip", similarity_floor=1.0, **(settings | {"budget": 8})
-    )
-    assert {record["prompt"] for record in strict.history} == {"a fox at sunset"}
+    strict = optimize(prompt, budget=8, similarity_floor=1.0, **settings)
+    assert {record["prompt"] for record in strict.history} == {prompt}
 
 
 @pytest.mark.parametrize(
