@@ -269,7 +269,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("gpt2")
-    words = ["<end>", "<unk>", *"a fox cat red snow night beach Rephrase : two three at in the on".split()]
+    words = ["<end>", "<unk>", "a", "fox", "cat", "red", "snow", "night", "Rephrase", ":", "two", "three", "in", "the"]
     core = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", unk_token="<unk>").save_pretrained(folder)

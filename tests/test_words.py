@@ -138,9 +138,9 @@ def test_the_clean_estimate_of_a_flow():
 
 
 def test_what_is_not_known_is_refused():
+    scheduler = diffusers.EDMEulerScheduler()
+    scheduler.set_timesteps(4)
     with pytest.raises(BadInput, match="EDMEulerScheduler"):
-        scheduler = diffusers.EDMEulerScheduler()
-        scheduler.set_timesteps(4)
         clean(scheduler, torch.zeros(1, 4, 4, 4), scheduler.timesteps[0], torch.zeros(1, 4, 4, 4))
 
 
@@ -282,8 +282,8 @@ def test_what_is_read_is_written_the_same():
 def test_empty_lists_leave_nothing(tiny_folder, tmp_path, lists):
     """One line before weights load, and no directory."""
     (tmp_path / "words.json").write_text(json.dumps(lists))
+    task = "attack" if "FOX" in str(lists) else "improve"
     with pytest.raises(BadInput, match="a choice for a word of the prompt, but for 'a fox'"):
-        task = "attack" if "FOX" in str(lists) else "improve"
         run(tiny_folder, "a fox", words=str(tmp_path / "words.json"), task=task, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -247,7 +247,5 @@ def templates(
     if reads_negative and not attack:
         other = negative_template(negative_prompt, lists)
     if not own.positions and not other.positions:
-        raise BadInput(
-            f"the word lists must hold a choice for a word of the prompt, but for {prompt!r} there is none."
-        )
+        raise BadInput(f"the word lists must hold a choice for a word of the prompt, but for {prompt!r} there is none.")
     return own, other

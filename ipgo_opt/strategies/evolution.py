@@ -7,7 +7,7 @@ one of them).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from ipgo_opt.errors import BadInput
 from ipgo_opt.strategies.base import Problem, check_tell
 
 TRIES = 50
-"""Draws of a child that has not been made before, after which one is made again."""
+"""Tries of each way to make a point that has not been made before."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,10 @@ class Evolution:
         check_tell(self.problem, x, value, gradient, False)
         self.x, self.value = torch.cat([self.x, x]), torch.cat([self.value, value.double()])
 
-    def _add(self, make: Any) -> None:
-        """A point that has not been made before, if one is found in a number of tries."""
-        for _ in range(TRIES):
-            point = make()
+    def _add(self, make: Callable[[], Tensor]) -> None:
+        """A point that has not been made before, if tries find one: as asked for, then a mutant, then one drawn anew."""
+        points = (way() for way in (make, self._mutant if len(self.x) else make, self._drawn) for _ in range(TRIES))
+        for point in points:
             if not any(torch.equal(point, other) for other in self.made):
                 break
         self.made.append(point)
