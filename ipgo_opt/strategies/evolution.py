@@ -100,7 +100,7 @@ class Evolution:
         self.x, self.value = torch.cat([self.x, x]), torch.cat([self.value, value.double()])
 
     def _add(self, make: Callable[[], Tensor]) -> None:
-        """A point that has not been made before, if tries find one: as asked for, then a mutant, then one drawn anew."""
+        """A point that has not been made before, if tries find one: as asked for, then a mutant, then a draw."""
         points = (way() for way in (make, self._mutant if len(self.x) else make, self._drawn) for _ in range(TRIES))
         for point in points:
             if not any(torch.equal(point, other) for other in self.made):
