@@ -431,9 +431,11 @@ def check_pair(space: str, strategy: str) -> None:
     known = f"{strategy.partition(':')[0]}:NAME" if ":" in strategy else strategy
     strategies, spaces = STRATEGIES_OF.get(space, (known,)), SPACES_OF.get(strategy, (space,))
     if known not in strategies:
-        raise BadInput(f"the space {space!r} is searched by {', '.join(strategies)}, but got strategy={strategy!r}.")
+        raise BadInput(f"the space of {space} is searched by {', '.join(strategies)}, but got strategy={strategy!r}.")
     if space not in spaces:
-        raise BadInput(f"the strategy {strategy!r} searches the space {' or '.join(spaces)}, but got space={space!r}.")
+        raise BadInput(
+            f"the strategy {strategy!r} searches the space of {' or '.join(spaces)}, but got space={space!r}."
+        )
 
 
 def check_texts(config: RunConfig) -> None:

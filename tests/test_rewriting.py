@@ -435,7 +435,7 @@ class Stopping(tiny.Redness):
         (["--strategy", "llm"], ["", "", ""], 1, "gave no prompt in 3 answers"),
         (["--strategy", "llm", "--llm-timeout", "0"], [], 2, "llm_timeout > 0"),
         (["--strategy", "llm", "--llm-mode", "chat"], [], 2, "`llm_mode` one of single, history"),
-        (["--strategy", "llm", "--space", "tokens"], [], 2, "searches the space texts"),
+        (["--strategy", "llm", "--space", "tokens"], [], 2, "searches the space of texts"),
         (["--space", "words", "--words", "nowhere.json", "--strategy", "evolution"], [], 2, "can't be read"),
         (["--method", "promptist"], [], 2, "hf download microsoft/Promptist"),
     ],

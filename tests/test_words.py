@@ -351,8 +351,9 @@ def test_the_real_wordnet():
     assert wordnet.synonyms("at") == ()
 
 
-def test_the_embedded_models_words_are_its_worlds():
+def test_the_embedded_models_words_are_its_worlds(monkeypatch):
     """Every thing, place and style that training drew, and no other."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent)
     from training import world
 
     known = json.loads((EMBEDDED["emoji"] / "words.json").read_text())
@@ -608,9 +609,9 @@ def test_an_attack_lowers_the_reward_above_the_floor():
 @pytest.mark.parametrize(
     ("settings", "shown"),
     [
-        ({"strategy": "gradient"}, "the space 'words' is searched by hybrid"),
-        ({"space": "tokens", "strategy": "hybrid"}, "'hybrid' searches the space words, but got space='tokens'"),
-        ({"space": "tokens", "strategy": "llm"}, "searches the space texts"),
+        ({"strategy": "gradient"}, "the space of words is searched by hybrid"),
+        ({"space": "tokens", "strategy": "hybrid"}, "'hybrid' searches the space of words, but got space='tokens'"),
+        ({"space": "tokens", "strategy": "llm"}, "searches the space of texts"),
         ({"space": "tokens", "task": "attack"}, "an attack exchanges words"),
         ({"task": "defend"}, "task must be one of improve, attack, but got 'defend'"),
         ({"task": "attack", "similarity": "fox"}, "similarity must be"),

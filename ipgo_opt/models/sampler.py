@@ -190,7 +190,8 @@ class Sampler:
 
     def reads_negative(self) -> bool:
         """Whether a negative prompt changes the image: whether the pipeline, as it is set, encodes one."""
-        return self._packing.lists == 0 and "negative_prompt_embeds" in self._named(self._heard)
+        named = self._named(self._heard)
+        return "negative_prompt_embeds" in named and self._packing.opened(named["negative_prompt_embeds"]) is not None
 
     def _encode(self, prompt: str, negative_prompt: str | None) -> Conditioning:
         named = self._named(self._listen(prompt, negative_prompt))
