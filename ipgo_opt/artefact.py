@@ -20,6 +20,7 @@ from torch import Tensor
 from ipgo_opt import __version__
 from ipgo_opt.errors import BadInput
 from ipgo_opt.models.adapter import peft_files
+from ipgo_opt.objective import readable
 from ipgo_opt.rewards.base import shown
 from ipgo_opt.store import read_tensors, to_pil, write_tensors
 
@@ -68,6 +69,7 @@ def write_conditioning(search: Search, sampler: Sampler, space: Any, *, full: bo
         "format": FORMAT,
         "prompt": prompt,
         "negative_prompt": config.negative_prompt,
+        **{f"optimized_{name}": text for name, text in readable(space, config, search.best_x, full=full).items()},
         "length": conditioning.prompt_embeds.shape[1],
         "attend": int(config.attend and config.space == "tokens"),
         "model": config.model,

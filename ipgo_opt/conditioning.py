@@ -60,8 +60,11 @@ class Conditioning:
 
     @classmethod
     def stack(cls, parts: Sequence[Conditioning]) -> Conditioning:
-        """The rows of several conditionings of the same `shapes` in one batch."""
-        tensors = [part.tensors() for part in parts]
+        """The rows of several, one after the other; shorter sequences repeat their last state (padding)."""
+        longest = max(part.prompt_embeds.shape[1] for part in parts)
+        negatives = [part.negative_prompt_embeds for part in parts if part.negative_prompt_embeds is not None]
+        longest_negative = max((negative.shape[1] for negative in negatives), default=0)
+        tensors = [part.lengthened(longest, longest_negative).tensors() for part in parts]
         joined: dict[str, Any] = {name: torch.cat([one[name] for one in tensors]) for name in tensors[0]}
         extra = {name: joined.pop(name) for name in parts[0].extra}
         return replace(parts[0], extra=extra, **joined)
@@ -120,12 +123,17 @@ class Conditioning:
         if negative is None:
             return self
         length = max(self.prompt_embeds.shape[1], negative.shape[1])
+        return self.lengthened(length, length)
+
+    def lengthened(self, length: int, negative_length: int) -> Conditioning:
+        """Sequences of so many states: the last one is repeated (padding, which masks leave out)."""
+        negative = self.negative_prompt_embeds
         return replace(
             self,
             prompt_embeds=_padded(self.prompt_embeds, length),
-            negative_prompt_embeds=_padded(negative, length),
+            negative_prompt_embeds=None if negative is None else _padded(negative, negative_length),
             mask=_lengthened(self.mask, length),
-            negative_mask=_lengthened(self.negative_mask, length),
+            negative_mask=_lengthened(self.negative_mask, negative_length),
         )
 
 

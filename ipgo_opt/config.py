@@ -16,9 +16,11 @@ from ipgo_opt.spaces import BASES, SPACES
 from ipgo_opt.strategies import STRATEGIES
 
 if TYPE_CHECKING:
+    from ipgo_opt.llm import Chat
     from ipgo_opt.models.interface import Interface
     from ipgo_opt.models.sampler import SamplerSettings
     from ipgo_opt.spaces.tokens import TokenShape
+    from ipgo_opt.spaces.wordlists import WordLists
     from ipgo_opt.strategies.gradient import GradientOptions
 
 FIRST_HELD_OUT_SEED = 10_000_000
@@ -26,13 +28,30 @@ FIRST_HELD_OUT_SEED = 10_000_000
 
 CONSTRAINTS = ("value", "conformity", "orthonormality")
 """The constraints of the paper on the tokens (section 4.2)."""
+
 FIRST_VALIDATION_SEED = 9_000_000
 """Seeds from here on are those of validation prompts; the training of shared tokens uses smaller ones."""
 
 MOST_STRENGTH = 1.5
 """Largest factor on learned tokens when they are applied; the smallest is 0."""
-GRADIENT_STRATEGIES = ("gradient", "policy")
+TASKS = ("improve", "attack")
+"""What a search is for: a higher reward, or a lower one."""
+
+CLIMBERS = frozenset({"gradient", "hybrid", "gpo"})
+"""Strategies that need the reward's gradient."""
+
+GRADIENT_STRATEGIES = CLIMBERS | {"policy"}
 """Strategies that are told gradients; the others are black boxes."""
+
+SPACES_OF = {"hybrid": ("words",), "gpo": ("words",), "promptist": ("texts",), "llm": ("texts",)}
+"""Strategies that search some spaces only; the first is their default."""
+
+STRATEGIES_OF = {
+    "seeds": ("random",),
+    "words": ("hybrid", "gpo", "evolution", "random", "bayes", "cma", "nevergrad:NAME"),
+    "texts": ("llm", "promptist"),
+}
+"""Spaces that are searched by some strategies only; the first is their default."""
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -98,6 +117,18 @@ class RunConfig:
             tokens to count as better; 1 for any.
         prompt_batch: prompts per update of shared tokens.
         validate_every: updates between two validations of shared tokens; 0 for an epoch.
+        task: "improve" (a higher reward) or "attack" (a lower one by exchanged words; the reward then counts negative).
+        words: where word lists come from: a JSON file, "vocabulary", "wordnet", "llm"; "" for the first that is there.
+        similarity: what says how similar texts are: a `clip` reward, whose text encoder is used, or a function of texts
+            that returns their embeddings (n, D), as file.py:function or module:function.
+        similarity_floor: least similarity of an attack's prompt to the raw one, a cosine.
+        shortcut_start: share of the sampler's steps before the one at which the gradient of words is first taken.
+        promptist: folder or hub id of the causal language model that rephrases prompts.
+        promptist_template: what it is given, with {prompt} in it.
+        llm_model: the name of a language model at the endpoint in OPENAI_BASE_URL.
+        llm_mode: "single" (one instruction, the same every time) or "history" (it sees its rewrites and their scores).
+        llm_calls: most requests to it.
+        llm_timeout: seconds that it may be silent.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         dtype: "auto" (float32 on the CPU, float16 elsewhere) or one of float32, float16, bfloat16.
         memory: levers that save memory, separated by commas: see models/memory.py.
@@ -160,6 +191,17 @@ class RunConfig:
     judge_tolerance: float = 1.0
     prompt_batch: int = 4
     validate_every: int = 0
+    task: str = "improve"
+    words: str = ""
+    similarity: str = "clip"
+    similarity_floor: float = 0.9
+    shortcut_start: float = 0.3
+    promptist: str = "microsoft/Promptist"
+    promptist_template: str = "{prompt} Rephrase:"
+    llm_model: str = "gpt-4o"
+    llm_mode: str = "history"
+    llm_calls: int = 100
+    llm_timeout: float = 60.0
     device: str = "auto"
     dtype: str = "auto"
     memory: str = ""
@@ -230,6 +272,37 @@ class RunConfig:
 
         return GradientOptions(self.learning_rate, self.decay, self.decay_every, self.max_grad_norm, self.optimizer)
 
+    @property
+    def estimates(self) -> bool:
+        """Whether images with a gradient are estimates, of mixtures of words, that are not a result."""
+        return self.space == "words"
+
+    def word_source(self) -> str:
+        """Where the word lists come from (see `source_of`); BadInput if there is no source."""
+        from ipgo_opt.llm import endpoint
+        from ipgo_opt.spaces.wordlists import source_of
+
+        return source_of(self.words, self._vocabulary, endpoint() is not None)
+
+    def word_lists(self) -> WordLists:
+        """The word lists for the prompt, from their source."""
+        from ipgo_opt.spaces.wordlists import gather
+
+        return gather(
+            self.word_source(), self.prompt, attack=self.task == "attack", vocabulary=self._vocabulary, chat=self.chat
+        )
+
+    @property
+    def _vocabulary(self) -> Path | None:
+        """The embedded model's words."""
+        return EMBEDDED[self.model] / "words.json" if self.model in EMBEDDED else None
+
+    def chat(self) -> Chat:
+        """The language model."""
+        from ipgo_opt.llm import Chat
+
+        return Chat(self.llm_model, timeout=self.llm_timeout, most_calls=self.llm_calls)
+
     def sampler_settings(self) -> SamplerSettings:
         """How images are made."""
         from ipgo_opt.models.sampler import SamplerSettings
@@ -293,6 +366,9 @@ EPOCHS = 20
 MOST_VALIDATION = 12
 """Prompts that are kept apart for validation at most, if none are given: one of ten."""
 
+STRATEGY_DEFAULTS: dict[str, dict[str, Any]] = {"hybrid": {"batch_size": 1}, "gpo": {"batch_size": 1}}
+"""What single strategies want instead: as many updates of a distribution as the paper makes."""
+
 BLACK_BOX_SCALES = {"emoji": 4.0}
 """Factor on the tokens for black boxes, by model: the states of its text encoder are that large."""
 
@@ -355,10 +431,14 @@ def configure(prompt: str, **given: Any) -> RunConfig:
     model = chosen.setdefault("model", "emoji")
     if not isinstance(model, str):
         raise BadInput(f"model must be a name, a folder or a hub id, but got {model!r}.")
+    if "space" not in chosen and chosen.get("strategy") in SPACES_OF:
+        chosen["space"] = SPACES_OF[str(chosen["strategy"])][0]
+    if "strategy" not in chosen and chosen.get("space") in STRATEGIES_OF:
+        chosen["strategy"] = STRATEGIES_OF[str(chosen["space"])][0]
     defaults = dict(MODEL_DEFAULTS[model]) if model in MODEL_DEFAULTS else pipeline_defaults(chosen)
     if chosen.get("space") == "seeds":
-        defaults |= {"strategy": "random", "search_seeds": 1, "seed_share": 1.0}
-    elif chosen.get("strategy", "gradient") in GRADIENT_STRATEGIES:
+        defaults |= {"search_seeds": 1, "seed_share": 1.0}
+    elif chosen.get("strategy", "gradient") in ("gradient", "policy"):
         space = chosen.get("space", "tokens")
         defaults |= SPACE_DEFAULTS.get(space, {}) | EMBEDDED_SPACE_DEFAULTS.get(model, {}).get(space, {})
         if chosen.get("strategy") == "policy":
@@ -370,6 +450,9 @@ def configure(prompt: str, **given: Any) -> RunConfig:
             defaults["grad_steps"] = steps
     else:
         defaults |= BLACK_BOX_DEFAULTS | {"scale": BLACK_BOX_SCALES.get(model, 1.0)}
+        defaults |= STRATEGY_DEFAULTS.get(str(chosen["strategy"]), {})
+    if chosen.get("task") == "attack":  # of the prompt, not of the seed
+        defaults["seed_share"] = 0.0
     if chosen.get("shared"):
         defaults |= SHARED_DEFAULTS
         defaults.pop("budget", None)
@@ -398,7 +481,16 @@ def configure_each(prompts: Sequence[str], **given: Any) -> list[RunConfig]:
     """`configure` for prompts that are optimized on their own with the same settings."""
     if not prompts:
         raise BadInput("at least one prompt is needed.")
-    return [configure(prompt, **given) for prompt in prompts]
+    configs = [configure(prompt, **given) for prompt in prompts]
+    if len(configs) > 1:
+        check_several(configs[0].space)
+    return configs
+
+
+def check_several(space: str) -> None:
+    """Raises BadInput for a space that is made for one prompt."""
+    if SPACES.load(space).one_prompt:
+        raise BadInput(f"the space {space!r} is made for one prompt; run several one after the other.")
 
 
 def _split(given: dict[str, Any]) -> dict[str, Any]:
@@ -443,7 +535,7 @@ def check(config: RunConfig) -> ModelSource:
     _whole(
         config, budget=1, seed=0, search_seeds=1, held_out=0, num_inference_steps=1, height=0, width=0, grad_steps=1,
         lv_samples=0, prefix=0, suffix=0, basis_size=1, rank=1, decay_every=1, inner_updates=1, batch_size=1, chunk=1,
-        patience=0, prompt_batch=1, validate_every=0,
+        patience=0, prompt_batch=1, validate_every=0, llm_calls=1,
     )  # fmt: skip
     for name in (
         "guidance_scale",
@@ -459,6 +551,9 @@ def check(config: RunConfig) -> ModelSource:
         "decay",
         "max_grad_norm",
         "judge_tolerance",
+        "similarity_floor",
+        "shortcut_start",
+        "llm_timeout",
     ):
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
@@ -486,6 +581,7 @@ def check(config: RunConfig) -> ModelSource:
         )
     SPACES.check(config.space)
     STRATEGIES.check(config.strategy)
+    check_pair(config.space, config.strategy)
     if config.strategy == "gradient" and config.batch_size > 1:
         raise BadInput(
             f"the gradient strategy follows one candidate (`batch_size == 1`), but got batch_size={config.batch_size}; "
@@ -495,14 +591,17 @@ def check(config: RunConfig) -> ModelSource:
     named = not config.reward.startswith("object:")  # otherwise it was passed to ipgo_opt.optimize as an object
     embedded = config.model in EMBEDDED
     reward = prepare(config.reward, embedded) if named else None
-    if reward is not None and config.strategy == "gradient" and not reward.differentiable:
-        raise BadInput(f"strategy 'gradient' needs a differentiable reward, but {shown(config.reward)} is not.")
+    if reward is not None and config.strategy in CLIMBERS and not reward.differentiable:
+        raise BadInput(
+            f"strategy {config.strategy!r} needs a differentiable reward, but {shown(config.reward)} is not."
+        )
     judge = check_judge(config.judge, config.reward, embedded)
     config.token_shape().check()
     if config.strategy != "gradient" and "value" not in config.kept_constraints():
         raise BadInput(f"a black box needs the value constraint, but got constraints={config.constraints!r}.")
     check_basis(config)
     config.gradient_options()
+    check_texts(config)
     check_device(config.device, config.dtype)
     config.memory_levers()
     source = config.model_source()
@@ -514,11 +613,8 @@ def check(config: RunConfig) -> ModelSource:
     strangers += judge
     if strangers:
         raise BadInput(f"{strangers[0]!r} knows the embedded model's world only, but got model={config.model!r}.")
-    if config.space == "seeds" and (config.strategy != "random" or config.seed_share != 1):
-        raise BadInput(
-            f"the space of seeds has nothing else to search (strategy random, seed_share 1), but got "
-            f"strategy={config.strategy!r}, seed_share={config.seed_share}."
-        )
+    if config.space == "seeds" and config.seed_share != 1:
+        raise BadInput(f"the space of seeds has nothing else to search, but got seed_share={config.seed_share}, not 1.")
     if config.scheduler:
         import diffusers
 
@@ -533,6 +629,7 @@ def check_shared(config: RunConfig) -> None:
         raise BadInput("the space of seeds has nothing that prompts could share.")
     if config.strategy == "policy":
         raise BadInput("a policy is searched for one prompt, not shared by several.")
+    check_several(config.space)
     if config.search_seeds != 1 or config.seed_share:
         raise BadInput(
             f"shared tokens see each prompt on a seed of its own (search_seeds 1, seed_share 0), but got "
@@ -588,6 +685,55 @@ def check_method(config: RunConfig) -> None:
             f"search seeds must be below {FIRST_HELD_OUT_SEED} (later ones are held out), but got seed={config.seed} "
             f"and a sample on each of {config.budget} seeds."
         )
+
+
+def check_pair(space: str, strategy: str) -> None:
+    """Raises BadInput for a space and a strategy that do not go together."""
+    known = f"{strategy.partition(':')[0]}:NAME" if ":" in strategy else strategy
+    strategies, spaces = STRATEGIES_OF.get(space, (known,)), SPACES_OF.get(strategy, (space,))
+    if known not in strategies:
+        raise BadInput(f"the space of {space} is searched by {', '.join(strategies)}, but got strategy={strategy!r}.")
+    if space not in spaces:
+        raise BadInput(
+            f"the strategy {strategy!r} searches the space of {' or '.join(spaces)}, but got space={space!r}."
+        )
+
+
+def check_texts(config: RunConfig) -> None:
+    """Raises BadInput unless what the spaces of words and texts need is there: lists, endpoints, weights."""
+    if config.task not in TASKS:
+        raise BadInput(f"task must be one of {', '.join(TASKS)}, but got {config.task!r}.")
+    if config.task == "attack" and config.space != "words":
+        raise BadInput(f"an attack exchanges words (space words), but got space={config.space!r}.")
+    if config.similarity_floor > 1 or config.shortcut_start >= 1:
+        raise BadInput(
+            "`similarity_floor <= 1` and `shortcut_start < 1` must hold, but got "
+            f"similarity_floor={config.similarity_floor}, shortcut_start={config.shortcut_start}."
+        )
+    if config.space == "words":
+        from ipgo_opt.spaces.words import templates
+
+        if config.word_source() != "llm":  # which is asked once, when the run has begun
+            lists, attack = config.word_lists(), config.task == "attack"
+            templates(config.prompt, config.negative_prompt, lists, attack=attack, reads_negative=True)
+        if config.task == "attack":
+            from ipgo_opt.rewards.similarity import prepare_similarity
+
+            prepare_similarity(config.similarity, config.model in EMBEDDED)
+    if config.strategy == "llm" or (config.space == "words" and config.word_source() == "llm"):
+        from ipgo_opt.llm import require_endpoint
+        from ipgo_opt.strategies.llm import MODES
+
+        require_endpoint()
+        if not config.llm_model or config.llm_mode not in MODES or config.llm_timeout == 0:
+            raise BadInput(
+                f"`llm_model` must not be empty, `llm_mode` one of {', '.join(MODES)} and `llm_timeout > 0`, but got "
+                f"llm_model={config.llm_model!r}, llm_mode={config.llm_mode!r}, llm_timeout={config.llm_timeout}."
+            )
+    if config.strategy == "promptist":
+        from ipgo_opt.strategies.promptist import find_model
+
+        find_model(config.promptist, config.promptist_template)
 
 
 def check_judge(judge: str, reward: str, embedded: bool) -> list[str]:

@@ -79,7 +79,7 @@ class Display:
         scored = [record for record in self.history if record["reward"] is not None]
         if scored:
             raw, now = scored[0], scored[-1]
-            best = max(scored, key=lambda record: record["reward"])
+            best = max((record for record in scored if not record.get("estimate")), key=lambda record: record["reward"])
             table.add_row("reward", *(_number(record["reward"]) for record in (raw, now, best)))
             for name in now["parts"] if len(now["parts"]) > 1 else ():
                 table.add_row(f"  {name}", *(_number(record["parts"][name]) for record in (raw, now, best)))
@@ -129,6 +129,10 @@ class Display:
         for row in rows(summary):
             table.add_row(*row)
         self.console.print(table)
+        for name, text in (summary.get("optimized") or {}).items():
+            self.console.print(
+                f"{name.replace('_', ' ')}: {text or '(none)'}", highlight=False, markup=False, soft_wrap=True
+            )
         scores = [record["reward"] for record in self.history if record["reward"] is not None]
         self.console.print(Text(sparkline(scores), style="green"))
         out = summary["out"]
@@ -137,10 +141,6 @@ class Display:
             f"page {out}/report.html",
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
-        if "found_prompt" in summary:
-            self.console.print(
-                f"Found: {summary['found_prompt']}", style="bold", highlight=False, markup=False, soft_wrap=True
-            )
         judge = summary["judge"]
         if judge and judge["optimized"] < 0.9 * judge["raw"]:  # the search reward never falls
             self.console.print(

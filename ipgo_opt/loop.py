@@ -21,7 +21,7 @@ from ipgo_opt.config import FIRST_HELD_OUT_SEED, RunConfig
 from ipgo_opt.errors import RunFailed
 from ipgo_opt.objective import Evaluation, Objective, Request
 from ipgo_opt.store import Store
-from ipgo_opt.strategies.base import Strategy
+from ipgo_opt.strategies.base import Exhausted, Strategy
 
 MOST_FAILURES = 10
 """Evaluations in a row without a finite reward after which a run gives up."""
@@ -139,6 +139,7 @@ class Search(ABC):
                     "penalty": finite(made.penalty[k]),
                     "best": finite(bests[k * len(seeds) + s]),
                     "seconds": seconds,
+                    **(made.notes[k] if made.notes else {}),
                 }
                 records.append(entry | ({"prompt": prompts[s], **more} if more else {}))
         self.failures = 0 if bool(made.scores.mean(1).isfinite().any()) else self.failures + 1
@@ -227,7 +228,11 @@ class Loop(Search):
             return Request(None, prompts, (tuple(self.config.seed + k for k in range(tried, last)),))
         if self.evaluation > self.steps or 0 < self.config.patience <= self.stale:
             return None
-        x = self.strategy.ask()
+        try:
+            x = self.strategy.ask()
+        except Exhausted as end:
+            self.reporter.warned(f"{end} The search ends after {len(self.history)} of {self.config.budget} images.")
+            return None
         return Request(x, prompts, (tuple(self.seeds),), self.strategy.uses_gradient, update=self.evaluation - 1)
 
     def receive(self, request: Request, made: Evaluation) -> None:
@@ -264,7 +269,7 @@ class Loop(Search):
         bests, self.stale = [], self.stale + 1
         for k in range(len(made.scores)):
             reward = float(made.scores[k].mean())
-            if math.isfinite(reward) and reward > self.best:
+            if math.isfinite(reward) and reward > self.best and not made.estimate:
                 self.best, self.best_x, self.stale = reward, x[k].clone(), 0
                 self.store.write_image("best.png", made.images[k * len(self.seeds)])
             bests += [self.best] * len(self.seeds)

@@ -38,6 +38,23 @@ METHODS = {
         "ReNO and IPGO together: tokens+noise × gradient", {"space": "tokens+noise", "strategy": "gradient"}
     ),
     "pez": Method("PEZ (arXiv 2302.03668): hard-tokens × gradient", {"space": "hard-tokens", "strategy": "gradient"}),
+    "dpo-diff": Method(
+        "DPO-Diff (ICML 2024): words × hybrid, a gradient on distributions over words, then evolution",
+        {"space": "words", "strategy": "hybrid"},
+    ),
+    "gpo": Method("DPO-Diff by its gradient alone: words × gpo", {"space": "words", "strategy": "gpo"}),
+    "epo": Method("DPO-Diff by evolution alone: words × evolution", {"space": "words", "strategy": "evolution"}),
+    "promptist": Method(
+        "Promptist (NeurIPS 2023): a tuned language model rephrases", {"space": "texts", "strategy": "promptist"}
+    ),
+    "llm": Method(
+        "a language model rewrites by one instruction (arXiv 2503.21812's ChatGPT-4o)",
+        {"space": "texts", "strategy": "llm", "llm_mode": "single"},
+    ),
+    "opt2i": Method(
+        "a language model sees its rewrites with their scores, after OPT2I (arXiv 2403.17804)",
+        {"space": "texts", "strategy": "llm", "llm_mode": "history"},
+    ),
     "best-of-n": Method("the best of n seeds: seeds × random", {"space": "seeds", "strategy": "random"}),
 }
 """What `--method`, `compare --strategies` and the benchmarks may name."""

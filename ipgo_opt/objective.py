@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,9 @@ from torch import Tensor
 from ipgo_opt.conditioning import Conditioning
 from ipgo_opt.config import RunConfig
 from ipgo_opt.models.renoised import renoised
+from ipgo_opt.models.shortcut import shortcut_step
 from ipgo_opt.rewards.base import Reward, WeightedSum
+from ipgo_opt.spaces.base import Readable
 
 if TYPE_CHECKING:
     from ipgo_opt.models.sampler import Sampler
@@ -62,6 +64,8 @@ class Evaluation:
         gradient: of `value`, (q, D), if it was asked for.
         denoiser_calls: images × denoiser evaluations that it took.
         again: the gradient at another point (1, D), estimated from the same images, where a method has that.
+        notes: what each candidate's lines in the history hold beside their numbers.
+        estimate: whether the images are not the candidates' own but estimates, which are no result.
 
     """
 
@@ -74,6 +78,8 @@ class Evaluation:
     gradient: Tensor | None
     denoiser_calls: int
     again: Callable[[Tensor], Tensor] | None = None
+    notes: list[dict[str, Any]] = field(default_factory=list)
+    estimate: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,18 @@ class Objective:
             rows = self._evaluate(batch, requests, sheets)
             if progress is not None:
                 progress(rows)
-        return [sheet.evaluation(self.gamma) for sheet in sheets]
+        made = [sheet.evaluation(self.gamma) for sheet in sheets]
+        for request, evaluation in zip(requests, made, strict=True):
+            evaluation.estimate = self.config.estimates and request.gradient
+            evaluation.notes = self._notes(request)
+        return made
+
+    def _notes(self, request: Request) -> list[dict[str, Any]]:
+        """What is noted of each candidate of a request."""
+        if self.config.estimates and request.gradient:
+            return [{"estimate": True}] * request.q
+        points = [None] if request.x is None else list(request.x)
+        return [readable(self.space, self.config, x, full=self.full) for x in points]
 
     def _batches(self, requests: Sequence[Request]) -> list[list[_Block]]:
         """Blocks that can share a pipeline call: the same numbers of prompts and seeds, the same shapes."""
@@ -191,7 +208,11 @@ class Objective:
         with torch.set_grad_enabled(gradient):
             rows, penalty = self.applied(x, self._conditioning(texts, b if found else 0, seeds))
             rows = rows.repeat(S)
-            images = self.sampler.generate(rows, seeds, gradient=gradient)
+            shortcut = None
+            if gradient and self.config.estimates:
+                update = requests[batch[0].request].update
+                shortcut = shortcut_step(update, self.config.shortcut_start, self.config.num_inference_steps)
+            images = self.sampler.generate(rows, seeds, gradient=gradient, shortcut=shortcut)
             parts = self.reward.parts(images, prompts)
             scores = climbed = self.reward.total(parts).view(-1, b, S)
             penalty = penalty.to(scores).view(-1, b)
@@ -250,6 +271,15 @@ class Objective:
             copies = renoised(self.sampler, rows, seeds, finished, noise)
             total = total + self.reward.total(self.reward.parts(copies, list(prompts))).to(total)
         return total
+
+
+def readable(space: Any, config: RunConfig, x: Tensor | None, *, full: bool) -> dict[str, str]:
+    """The texts that a point x (D,), or the raw prompt, stands for, by name, in a space that has texts."""
+    if not isinstance(space, Readable):
+        return {}
+    if x is None:
+        return {"prompt": config.prompt, "negative_prompt": config.negative_prompt}
+    return space.readable(x, full=full)
 
 
 def _cpu(scores: Tensor) -> Tensor:

@@ -84,6 +84,10 @@ def report_html(run: dict[str, Any], history: list[dict[str, Any]], folder: Path
         return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
     table = "".join(f"<tr><td>{html.escape(a)}</td><td>{b}</td><td>{c}</td></tr>" for a, b, c in rows(result))
+    texts = "".join(
+        f"<p>optimized {name.replace('_', ' ')}: <b>{html.escape(text)}</b></p>"
+        for name, text in (result.get("optimized") or {}).items()
+    )
     settings = "".join(f"<tr><td>{k}</td><td>{html.escape(str(v))}</td></tr>" for k, v in config.items())
     seed = result["seeds"][0]
     chosen = "optimized, same seed" if seed == result["seed"] else f"optimized, seed {seed}"
@@ -94,7 +98,7 @@ def report_html(run: dict[str, Any], history: list[dict[str, Any]], folder: Path
 {html.escape(shown(config["reward"]))} · {result["images"]} images, {result["denoiser_calls"]} denoiser calls,
 {result["seconds"]:.0f} s</p>
 {figure("raw.png", "raw prompt")}{figure("best.png", chosen)}
-<table><tr><th></th><th>raw</th><th>optimized</th></tr>{table}</table>
+{texts}<table><tr><th></th><th>raw</th><th>optimized</th></tr>{table}</table>
 {curve(history)}
 <details><summary>settings</summary><table>{settings}</table></details>
 </html>

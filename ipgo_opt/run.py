@@ -18,20 +18,24 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 from ipgo_opt import __version__
 from ipgo_opt.artefact import versions, write_conditioning
-from ipgo_opt.config import RunConfig, check, check_device, configure, configure_each, title
+from ipgo_opt.config import CLIMBERS, RunConfig, check, check_device, configure, configure_each, title
 from ipgo_opt.errors import BadInput, RunFailed
 from ipgo_opt.loop import Loop, Reporter, Search, drive, finite
 from ipgo_opt.models import EMBEDDED, load_pipeline, make_sampler
-from ipgo_opt.objective import Objective
+from ipgo_opt.objective import Objective, readable
 from ipgo_opt.policy import PolicyLoop, PolicyObjective
 from ipgo_opt.rewards import JUDGES
 from ipgo_opt.rewards.base import Reward, RewardFailed, Term, WeightedSum, prepare, shown
 from ipgo_opt.rewards.custom import from_object
+from ipgo_opt.rewards.goals import goal
+from ipgo_opt.rewards.similarity import Embed, prepare_similarity, similarity
 from ipgo_opt.shared import SharedLoop
 from ipgo_opt.spaces import SPACES
 from ipgo_opt.store import FORMAT, Store, check_out, read_history, read_run, slug, to_pil
 from ipgo_opt.strategies import STRATEGIES
 from ipgo_opt.strategies.base import Problem, Strategy
+from ipgo_opt.strategies.llm import LlmOptions
+from ipgo_opt.strategies.promptist import PromptistOptions
 from ipgo_opt.verdict import give_verdicts
 
 if TYPE_CHECKING:
@@ -296,7 +300,7 @@ def assemble(config: RunConfig, custom: Reward | None, loaded: dict[Any, Any]) -
         if custom is None
         else WeightedSum([Term(1, config.reward)], [custom])
     )
-    if strategy_class.uses_gradient and config.strategy != "policy" and not reward.differentiable:
+    if config.strategy in CLIMBERS and not reward.differentiable:
         raise BadInput(
             f"strategy {config.strategy!r} needs a differentiable reward, but {shown(config.reward)} is not."
         )
@@ -304,11 +308,30 @@ def assemble(config: RunConfig, custom: Reward | None, loaded: dict[Any, Any]) -
     pipeline = once(load_pipeline, config.model_source(), device, dtype, config.memory_levers())
     sampler = make_sampler(pipeline, config.sampler_settings, scheduler=config.scheduler, chunk=config.chunk)
     space = SPACES.load(config.space).made(config, sampler)
+    if config.task == "attack":
+        reward = reward.negated()
+        embed = once(_similarity, config.similarity, device, config.model in EMBEDDED)
+        space.keep_similar(lambda texts: similarity(embed, texts, config.prompt), config.similarity_floor)
     return Parts(strategy_class, reward, judge, sampler, space)
 
 
 def _reward(spec: str, device: str, embedded: bool) -> WeightedSum:
     return prepare(spec, embedded).load(device)
+
+
+def _similarity(spec: str, device: str, embedded: bool) -> Embed:
+    return prepare_similarity(spec, embedded)(device)
+
+
+def _options(config: RunConfig, space: Any) -> list[Any]:
+    """What a strategy is given beside its problem."""
+    if config.strategy in ("gradient", "policy"):
+        return [config.gradient_options()]
+    if config.strategy == "llm":
+        return [space.texts, config.chat(), LlmOptions(config.llm_mode, goal(config.reward), config.prompt)]
+    if config.strategy == "promptist":
+        return [space.texts, PromptistOptions(config.promptist, config.promptist_template, config.trust_remote_code)]
+    return []
 
 
 def _judge(name: str, device: str, embedded: bool) -> Reward:
@@ -320,10 +343,9 @@ def _strategy(config: RunConfig, parts: Parts, steps: int) -> Strategy:
     coordinates = parts.space.coordinates(full=parts.strategy.uses_gradient)
     problem = Problem(
         coordinates.start, coordinates.lower, coordinates.upper, max(steps, 1) * config.batch_size, config.batch_size,
-        config.seed,
+        config.seed, coordinates.groups,
     )  # fmt: skip
-    options = [config.gradient_options()] if parts.strategy.uses_gradient else []
-    strategy: Strategy = parts.strategy(problem, *options)
+    strategy: Strategy = parts.strategy(problem, *_options(config, parts.space))
     return strategy
 
 
@@ -470,7 +492,7 @@ def _finish(search: Search, parts: Parts) -> dict[str, Any]:
         "search_reward": search.best,
         "held_out": search.held_out,
         "judge": search.judged,
-        **({} if search.best_x is None else parts.space.described(search.best_x, full=parts.strategy.uses_gradient)),
+        "optimized": readable(parts.space, config, search.best_x, full=parts.strategy.uses_gradient) or None,
         "failed": sum(record["reward"] is None for record in search.history),
         "out": str(store.folder),
     }

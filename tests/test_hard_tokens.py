@@ -42,7 +42,7 @@ def test_it_finds_planted_words():
         (slope,) = torch.autograd.grad(value.sum(), x)
         solver.tell(x.detach(), value.detach(), slope)
     assert made.nearest(x)[0].tolist() == [17, 42]
-    assert made.described(x[0], full=True) == {"words": ["w17", "w42"], "found_prompt": "a fox w17 w42"}
+    assert made.readable(x[0], full=True) == {"prompt": "a fox w17 w42"}
 
 
 def test_projection_is_to_the_nearest_word_and_straight_through():
@@ -92,7 +92,7 @@ def test_the_words_are_encoded_as_the_pipeline_encodes_their_text(sampler, befor
     made = made_for(sampler, before, after)
     x = made.coordinates(full=True).start[None]
     out, _ = made.apply(x, sampler.encode(PROMPT), full=True)
-    text = made.described(x[0], full=True)["found_prompt"]
+    text = made.readable(x[0], full=True)["prompt"]
     assert text.split()[before : before + 2] == PROMPT.split()
     assert len(text.split()) == 2 + before + after
     typed = sampler.encode(text)
@@ -141,12 +141,13 @@ def test_a_run_ends_in_words(tiny_folder, tmp_path):
         PROMPT, reward=tiny.Redness(), model=str(tiny_folder), space="hard-tokens", out=tmp_path, **settings
     )
     assert result.reward > result.raw_reward
-    assert len(result.summary["words"]) == 3
-    assert result.summary["found_prompt"] == " ".join([PROMPT, *result.summary["words"]])
+    found = result.summary["optimized"]["prompt"]
+    assert found.startswith(f"{PROMPT} ")
+    assert len(found.split()) == len(PROMPT.split()) + 3
     assert len({record["reward"] for record in result.history}) > 3  # the words changed on the way
     pipe = tiny.pipeline()
     image = pipe(
-        result.summary["found_prompt"], generator=torch.Generator().manual_seed(0), num_inference_steps=3,
+        found, generator=torch.Generator().manual_seed(0), num_inference_steps=3,
         guidance_scale=3.0, output_type="pt",
     ).images  # fmt: skip
     assert tiny.Redness()(image, []).item() == pytest.approx(result.reward, abs=1e-6)

@@ -123,7 +123,8 @@ def test_the_command_line(tmp_path):
     assert done.exit_code == 0, done.output
     summary = json.loads(done.stdout)
     assert summary["space"] == "hard-tokens"
-    assert ("found_prompt" in summary) == (summary["search_reward"] > summary["raw_reward"])
+    raw = summary["search_reward"] == summary["raw_reward"]
+    assert (summary["optimized"] == {"prompt": "a fox", "negative_prompt": ""}) == raw
     assert json.loads((tmp_path / "run" / "run.json").read_text())["result"] == summary
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,17 +16,23 @@ from torch import Tensor
 from ipgo_opt.conditioning import Conditioning
 from ipgo_opt.config import RunConfig
 from ipgo_opt.models.sampler import Sampler
+from ipgo_opt.objective import readable
 from ipgo_opt.spaces import SPACES
 
 T = 2
 SEEDS = [3, 8]
-RAW_AT_START = {"noise", "lora", "seeds"}
+RAW_AT_START = {"noise", "lora", "seeds", "words"}
 """Spaces whose first point changes nothing; the others insert tokens or words from the beginning."""
 
-WITHOUT_GRADIENT = {"seeds", "hard-tokens"}
-"""Nothing to move, and steps where a word gives way to another: tests/test_hard_tokens.py has its gradient."""
+NAMES = [name for name in SPACES if name != "texts"]
+"""All but the one whose points are numbers of texts that a strategy writes: tests/test_rewriting.py."""
 
-every_space = pytest.mark.parametrize("name", list(SPACES))
+WITHOUT_GRADIENT = {"seeds", "hard-tokens", "words"}
+"""Nothing to move, and steps where a word gives way to another: tests/test_hard_tokens.py, test_words.py."""
+
+LISTS = {"synonyms": {"fox": ["cat", "dog", "robot"]}, "negative": ["snow", "night"]}
+
+every_space = pytest.mark.parametrize("name", NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +45,14 @@ def double() -> Sampler:
     return Sampler(tiny.pipeline(torch.float64), tiny.settings(num_inference_steps=T, grad_steps=T))
 
 
+def config(name: str, seed: int = 0) -> RunConfig:
+    words = Path(tempfile.gettempdir()) / "ipgo-opt-test-words.json"
+    words.write_text(json.dumps(LISTS))
+    return RunConfig("a fox", space=name, prefix=2, suffix=1, basis_size=4, seed=seed, rank=2, words=str(words))
+
+
 def make(name: str, sampler: Sampler, seed: int = 0) -> Any:
-    config = RunConfig("a fox", space=name, prefix=2, suffix=1, basis_size=4, seed=seed, rank=2)
-    return SPACES.load(name).made(config, sampler)
+    return SPACES.load(name).made(config(name, seed), sampler)
 
 
 def views(name: str) -> list[bool]:
@@ -54,6 +68,7 @@ def given(made: Any, sampler: Sampler, seeds: list[int]) -> Conditioning:
 def points(made: Any, q: int, *, full: bool = True, size: float = 0.3) -> Tensor:
     """The start, and points at a random distance from it inside the bounds."""
     c = made.coordinates(full=full)
+    size = 9.0 if made.one_prompt and made.bounded else size  # words: far enough for another choice
     steps = size * torch.randn(q, len(c), generator=torch.Generator().manual_seed(1))
     return (c.start + steps * (torch.arange(q) > 0)[:, None]).clamp(c.lower, c.upper)
 
@@ -125,7 +140,7 @@ def doubled(made: Any) -> Any:
     return made
 
 
-@pytest.mark.parametrize("name", [name for name in SPACES if name not in WITHOUT_GRADIENT])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in WITHOUT_GRADIENT])
 def test_gradients_against_finite_differences(name, double):
     """Of images and penalty, with all steps differentiated, along the gradient and half along a random direction."""
     made = doubled(make(name, double))
@@ -163,8 +178,8 @@ def test_state_and_learned_survive_a_round_trip(name, sampler):
     first, second = made.learned(x, full=True), other.learned(x, full=True)
     assert set(first) == set(second)
     assert all(torch.equal(first[key], second[key]) for key in first)
-    assert bool(first) == (name != "seeds")
-    assert made.described(x, full=True) == other.described(x, full=True)
+    assert bool(first) == (name not in ("seeds", "words"))
+    assert readable(made, config(name), x, full=True) == readable(other, config(name), x, full=True)
 
 
 @every_space

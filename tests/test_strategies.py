@@ -14,18 +14,24 @@ from ipgo_opt.store import Store
 from ipgo_opt.strategies import STRATEGIES
 from ipgo_opt.strategies.base import Problem
 from ipgo_opt.strategies.bayes import BayesOptions
+from ipgo_opt.strategies.evolution import Evolution, EvolutionOptions
 from ipgo_opt.strategies.gradient import Gradient, GradientOptions
+from ipgo_opt.strategies.hybrid import Gpo, Hybrid, HybridOptions
 
 LOWER = torch.tensor([-1.0, -1.0, -3.0, 0.0, -1.0, -2.0])
 UPPER = torch.tensor([1.0, 2.0, 3.0, 0.5, 1.0, -1.0])
 BEST = torch.tensor([0.3, 1.9, -1.0, 0.1, 2.0, -1.2])
 """Where the quadratic is largest; its fifth coordinate is out of bounds."""
 
-WITHOUT_CHANCE = {"gradient", "policy"}
-"""Strategies that draw no random numbers."""
+WITHOUT_CHANCE = {"gradient", "policy", "hybrid", "gpo"}
+"""Strategies that draw no random numbers in their first eight steps."""
 
-NAMES = [name for name in STRATEGIES if not name.endswith(":NAME")] + ["nevergrad:DE", "nevergrad:OnePlusOne"]
-"""Every strategy, and two members of the family that Nevergrad is."""
+WRITERS = {"llm", "promptist"}
+"""Strategies whose points are numbers of texts that they write: tests/test_rewriting.py."""
+
+NAMES = [name for name in STRATEGIES if not name.endswith(":NAME") and name not in WRITERS]
+NAMES += ["nevergrad:DE", "nevergrad:OnePlusOne"]
+"""Every other strategy, and two members of the family that Nevergrad is."""
 
 OPTIONS = {"bayes": [BayesOptions(candidates=50, raw=8, restarts=1, climb=2, fit=4)]}
 """Settings of strategies that would take minutes here with their own."""
@@ -360,3 +366,169 @@ def test_names_are_checked():
     """With the nearest name as a hint."""
     with pytest.raises(BadInput, match="'gradient'"):
         STRATEGIES.load("gradeint")
+
+
+# Evolution and the gradient on distributions
+
+
+def choices(counts: list[int], budget: int = 100, batch: int = 1, seed: int = 0) -> Problem:
+    """Numbers of choices, 0 at the start."""
+    last = torch.tensor(counts, dtype=torch.float32) - 1
+    return Problem(torch.zeros(len(counts)), torch.zeros(len(counts)), last, budget, batch, seed)
+
+
+def separable(x: Tensor) -> Tensor:
+    """Each coordinate on its own; the best choices are the last ones."""
+    return x.sum(1)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_evolution_finds_the_best_choices(seed, batch):
+    """Of 4,096 points in 300 evaluations, and of 6 coordinates each mutant changes one at least."""
+    solver = Evolution(choices([4] * 6, budget=300, batch=batch, seed=seed))
+    asked = []
+    for _ in range(300 // batch):
+        x = solver.ask()
+        solver.tell(x, separable(x))
+        asked += [tuple(row) for row in x.tolist()]
+    assert (3.0,) * 6 in asked
+    assert len(set(asked)) == len(asked)  # no point is paid for twice
+    assert {value for point in asked for value in point} == {0.0, 1.0, 2.0, 3.0}
+
+
+def test_the_population_and_the_children():
+    """20 draws, then 10 mutants and 10 crossings of the 10 best, at every coordinate a parent's or another choice."""
+    solver = Evolution(choices([3] * 40, budget=200), EvolutionOptions(keep=0.0))
+    population = torch.cat(steps_of(solver, 20))
+    assert len(solver.made) == 20
+    share = (population[1:] == 0).float().mean()
+    assert 0.25 < share < 0.42  # uniform over three choices
+    parents = population[population.sum(1).argsort(descending=True, stable=True)[:10]]
+    children = torch.cat(steps_of(solver, 20))
+    assert len(solver.made) == 40
+    for mutant in children[:10]:
+        assert 1 <= (mutant != parents).sum(1).min() <= 12  # 0.1 of 40, and a third of what is drawn is the same
+    for crossing in children[10:]:
+        assert ((crossing == parents).sum(1) >= 10).sum() >= 2
+        pairs = [((crossing == a) | (crossing == b)).all() for a in parents for b in parents]
+        assert any(pairs)
+
+
+def steps_of(solver: Any, n: int) -> list[Tensor]:
+    asked = []
+    for _ in range(n):
+        asked.append(solver.ask())
+        solver.tell(asked[-1], separable(asked[-1]))
+    return asked
+
+
+def test_the_first_population_stays_near_the_start():
+    solver = Evolution(choices([5] * 50, budget=100), EvolutionOptions(keep=0.8))
+    drawn = torch.cat(steps_of(solver, 20))[1:]
+    assert (drawn == 0).float().mean() == pytest.approx(0.8 + 0.2 / 5, abs=0.04)
+
+
+GROUPS = (3, 4, 2)
+
+
+def distributions(budget: int = 60, batch: int = 1) -> Problem:
+    """Log-coefficients in [0, 3] of three choices, the first ones preferred."""
+    start = torch.cat([torch.eye(n)[0] for n in GROUPS])
+    return Problem(start, torch.zeros(9), torch.full((9,), 3.0), budget, batch, 0, GROUPS)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_hybrid_is_rmsprop_as_the_paper_uses_it(batch):
+    """torch's own, with gradients clamped to ±0.025, the mean over the batch's draws, kept in [0, 3]."""
+    solver = Hybrid(distributions(batch=batch, budget=60 * batch))
+    x = torch.nn.Parameter(distributions().start.clone())
+    optimizer = torch.optim.RMSprop([x], lr=0.1, momentum=0.5)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        assert solver.uses_gradient
+        asked = solver.ask()
+        torch.testing.assert_close(asked, x.detach().expand(batch, -1))
+        gradient = torch.randn(batch, 9, generator=generator) * 0.05
+        solver.tell(asked, torch.zeros(batch), gradient)
+        x.grad = -gradient.mean(0).clamp(-0.025, 0.025)
+        optimizer.step()
+        with torch.no_grad():
+            x.clamp_(0, 3)
+    assert ((x == 0) | (x == 3)).any()  # clamping took part
+    assert not solver.uses_gradient
+    for learned, one in zip(solver.distribution(), x.detach().split(list(GROUPS)), strict=True):
+        torch.testing.assert_close(learned, one.softmax(0))
+
+
+def climbed(solver: Any, wanted: Tensor, rounds: int) -> list[Tensor]:
+    """Rounds on the value x · wanted; the points asked without a gradient."""
+    corners = []
+    for _ in range(rounds):
+        x = solver.ask()
+        if solver.uses_gradient:
+            solver.tell(x, x @ wanted, wanted.expand_as(x))
+        else:
+            corners.append(x)
+            solver.tell(x, x @ wanted)
+    return corners
+
+
+@pytest.mark.parametrize("kind", [Hybrid, Gpo])
+def test_the_second_part_begins_with_what_was_learned(kind):
+    """The gradient's choices first; all points are one choice per group; none is asked twice."""
+    wanted = torch.tensor([-1.0, 1, -1, -1, -1, -1, 1, -1, 1]) * 0.01
+    corners = torch.cat(climbed(kind(distributions(budget=32)), wanted, 32))
+    assert len(corners) == 16
+    assert corners[0].tolist() == [0, 3, 0, 0, 0, 0, 3, 0, 3]
+    for group in corners.split(list(GROUPS), dim=1):
+        assert torch.equal((group == 3).sum(1), torch.ones(len(corners)))
+    assert len({tuple(row) for row in corners.tolist()}) == len(corners)
+
+
+def test_gpo_draws_from_what_was_learned():
+    """Frequencies of single draws, next to the probabilities."""
+    picked = torch.zeros(9)
+    for seed in range(400):
+        given = distributions(budget=8)
+        solver = Gpo(Problem(given.start, given.lower, given.upper, 8, 1, seed, GROUPS))
+        picked += climbed(solver, torch.zeros(9), 6)[1][0] / 3
+    expected = torch.cat([one.softmax(0) for one in distributions().start.split(list(GROUPS))])
+    first = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 1, 0])
+    alone = math.prod(float(p) for p in expected[first == 1])  # the first point itself is not drawn again
+    torch.testing.assert_close(picked / 400, (expected - alone * first) / (1 - alone), rtol=0, atol=0.07)
+
+
+@pytest.mark.parametrize("kind", [Hybrid, Gpo])
+@pytest.mark.parametrize("rounds", [9, 15, 20])
+def test_a_saved_second_part_goes_on_the_same(kind, rounds, tmp_path):
+    wanted = torch.linspace(-0.02, 0.02, 9)
+    solver, store = kind(distributions(budget=40), HybridOptions(iterations=10)), Store(tmp_path)
+    climbed(solver, wanted, rounds)
+    store.save_checkpoint({"strategy": solver.state_dict()})
+    again = kind(distributions(budget=40), HybridOptions(iterations=10))
+    again.load_state_dict(store.load_checkpoint()["strategy"])
+    store.close()
+    assert again.uses_gradient == solver.uses_gradient
+    assert same(climbed(solver, wanted, 15), climbed(again, wanted, 15))
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong"),
+    [
+        (HybridOptions, {"iterations": 0}),
+        (HybridOptions, {"momentum": 1.0}),
+        (HybridOptions, {"clamp": 0.0}),
+        (EvolutionOptions, {"population": 0}),
+        (EvolutionOptions, {"rate": 0.0}),
+        (EvolutionOptions, {"keep": 1.0}),
+    ],
+)
+def test_impossible_options_of_searches_over_choices_are_refused(options, wrong):
+    with pytest.raises(BadInput, match=next(iter(wrong))):
+        options(**wrong)
+
+
+def test_groups_add_up():
+    with pytest.raises(BadInput, match="`groups` must add up to the 9 coordinates"):
+        Problem(torch.zeros(9), torch.zeros(9), torch.ones(9), 1, groups=(3, 4))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ipgo_opt.comparison import Cell, plan, solver_settings
-from ipgo_opt.config import configure
+from ipgo_opt.config import CLIMBERS, configure
 from ipgo_opt.errors import BadInput
 from ipgo_opt.prompt_files import read_prompts
 from ipgo_opt.registry import unknown
@@ -94,11 +94,8 @@ def differentiable(reward: str, model: str) -> bool:
 
 
 def needs_gradient(settings: Mapping[str, Any]) -> bool:
-    """Whether a solver can only use rewards that have one; a policy estimates its own."""
-    from ipgo_opt.strategies import STRATEGIES
-
-    strategy = settings.get("strategy", "gradient")
-    return strategy != "policy" and bool(STRATEGIES.load(strategy).uses_gradient)
+    """Whether a solver can only use rewards that have one."""
+    return settings.get("strategy", "gradient") in CLIMBERS
 
 
 def with_shares(methods: Sequence[str], shares: Sequence[float]) -> dict[str, dict[str, Any]]:

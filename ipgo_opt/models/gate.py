@@ -38,6 +38,12 @@ def shadowed(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callabl
             object.__setattr__(owner, name, before)
 
 
+def undecorated(pipeline: Any, encode: Callable[..., Any]) -> Callable[..., Any]:
+    """A pipeline's `encode_prompt` without the `no_grad` that some pipelines put on it."""
+    inner = getattr(encode, "__wrapped__", None)
+    return functools.partial(encode) if inner is None else functools.partial(inner, pipeline)
+
+
 def denoiser(pipeline: Any) -> Any:
     """The module that a pipeline calls in every step."""
     unet = getattr(pipeline, "unet", None)
@@ -77,7 +83,7 @@ class Gate:
         self.shadows = (
             shadowed(denoiser(self.pipeline), "forward", self._gated),
             shadowed(self.pipeline.scheduler, "step", self._counted),
-            shadowed(self.pipeline, "encode_prompt", self._undecorated),
+            shadowed(self.pipeline, "encode_prompt", functools.partial(undecorated, self.pipeline)),
         )
         for shadow in self.shadows:
             shadow.__enter__()
@@ -95,13 +101,6 @@ class Gate:
             return made
 
         return counted
-
-    def _undecorated(self, encode: Callable[..., Any]) -> Callable[..., Any]:
-        """`encode_prompt`, through which given embeddings pass, without the `no_grad` that some pipelines put on it."""
-        inner = getattr(encode, "__wrapped__", None)
-        return lambda *args, **kwargs: (
-            encode(*args, **kwargs) if inner is None else inner(self.pipeline, *args, **kwargs)
-        )
 
     def _differentiated(self) -> bool:
         """Whether the denoiser is within its last K sampler steps."""

@@ -21,8 +21,10 @@ from torch import Tensor
 from ipgo_opt.conditioning import Conditioning
 from ipgo_opt.errors import BadInput
 from ipgo_opt.models.adapter import Adapted, linear_layers
-from ipgo_opt.models.gate import Gate, denoiser, first_input, shadowed, tensors
+from ipgo_opt.models.gate import Gate, denoiser, first_input, shadowed, tensors, undecorated
 from ipgo_opt.models.interface import Interface
+from ipgo_opt.models.mixing import Mixed, mixing
+from ipgo_opt.models.shortcut import Shortcut
 from ipgo_opt.models.visit import Arrived, Follow, Visit
 
 
@@ -185,13 +187,35 @@ class Sampler:
         return math.prod(self._packing.state)
 
     @torch.no_grad()
-    def encode(self, prompt: str) -> Conditioning:
-        """The conditioning of one prompt (batch 1), exactly as the pipeline itself encodes it."""
-        return self.encoded(prompt)
+    def encode(self, prompt: str, negative_prompt: str | None = None) -> Conditioning:
+        """The conditioning of one prompt (batch 1), exactly as the pipeline itself encodes it.
 
-    def encoded(self, prompt: str) -> Conditioning:
+        With `negative_prompt`, that stands in the unconditional half instead of the settings'.
+        """
+        return self.encoded(prompt, negative_prompt)
+
+    def encode_mixed(self, prompt: Mixed, negative_prompt: Mixed) -> Conditioning:
+        """The conditioning of texts in which words are mixed, differentiable with respect to the weights.
+
+        Raises:
+            BadInput: the pipeline's encoders can't read mixtures, or let no gradient through.
+
+        """
+        with mixing(self.pipeline, [prompt, negative_prompt]):
+            conditioning = self.encoded(prompt.text, negative_prompt.text)
+        wanted = torch.is_grad_enabled() and any(slot.weights.requires_grad for slot in prompt.slots)
+        if wanted and prompt.mixes and not conditioning.prompt_embeds.requires_grad:
+            raise BadInput(f"{type(self.pipeline).__name__} encodes prompts without a gradient.")
+        return conditioning
+
+    def reads_negative(self) -> bool:
+        """Whether a negative prompt changes the image: whether the pipeline, as it is set, encodes one."""
+        named = self._named(self._heard)
+        return "negative_prompt_embeds" in named and self._packing.opened(named["negative_prompt_embeds"]) is not None
+
+    def encoded(self, prompt: str, negative_prompt: str | None = None) -> Conditioning:
         """The same, differentiable with respect to what a hook puts into the text encoder."""
-        named = self._named(self._listen(prompt))
+        named = self._named(self._listen(prompt, negative_prompt=negative_prompt))
         packing = self._packing
         states = packing.opened(named.pop("prompt_embeds"))
         if states is None:
@@ -236,16 +260,19 @@ class Sampler:
                 return given
         raise BadInput(f"{type(self.pipeline).__name__} makes other noise of what it is given as starting noise.")
 
-    def _listen(self, prompt: str, seed: int = 0, **given: Tensor) -> _Heard:
+    def _listen(self, prompt: str, seed: int = 0, *, negative_prompt: str | None = None, **given: Tensor) -> _Heard:
         """Runs the pipeline on a prompt until its first denoiser call."""
         heard, settings = _Heard(), self.settings
         texts = {"prompt": prompt}
+        negative = settings.negative_prompt if negative_prompt is None else negative_prompt
         true_cfg = self.interface.guidance == "true_cfg_scale" or settings.true_cfg_scale > 1
-        if settings.negative_prompt or true_cfg:  # which some pipelines take for off until they are given a prompt
-            texts["negative_prompt"] = settings.negative_prompt
+        if negative or true_cfg:  # which some pipelines take for off until they are given a prompt
+            texts["negative_prompt"] = negative
         prepares = hasattr(self.pipeline, "prepare_latents")
         with (
-            shadowed(self.pipeline, "encode_prompt", heard.listening),
+            shadowed(
+                self.pipeline, "encode_prompt", lambda encode: heard.listening(undecorated(self.pipeline, encode))
+            ),
             shadowed(self.pipeline, "prepare_latents", heard.preparing) if prepares else nullcontext(),
             shadowed(denoiser(self.pipeline), "forward", heard.stopping),
         ):
@@ -341,17 +368,21 @@ class Sampler:
             states.append(read[begins : begins + len(part)].float().cpu())
         return torch.cat(states)
 
-    def generate(self, conditioning: Conditioning, seeds: Sequence[int], *, gradient: bool = False) -> Tensor:
+    def generate(
+        self, conditioning: Conditioning, seeds: Sequence[int], *, gradient: bool = False, shortcut: int | None = None
+    ) -> Tensor:
         """One image per row of `conditioning` and seed: (B, 3, H, W) in [0, 1], float32.
 
         The noise of a seed is the same whatever the batch and the device (drawn on the CPU). With `gradient`, the
-        result is differentiable with respect to the conditioning through the last `grad_steps` steps.
+        result is differentiable with respect to the conditioning through the last `grad_steps` steps; with `shortcut`,
+        through that sampler step (from 0) alone, and it is what the clean image is estimated to be at that step.
         """
         if len(conditioning) != len(seeds):
             raise BadInput(f"one seed per row is needed, but got {len(conditioning)} rows and {len(seeds)} seeds.")
         images, latents = [], []
         for rows in self.chunks(len(seeds)):
-            images.append(self._generate(conditioning.map(lambda t, rows=rows: t[rows]), seeds[rows], gradient))
+            part = conditioning.map(lambda t, rows=rows: t[rows])
+            images.append(self._generate(part, seeds[rows], gradient, shortcut))
             latents.append(self.latents)
         self.latents = torch.cat(latents)
         return images[0] if len(images) == 1 else torch.cat(images)
@@ -407,10 +438,16 @@ class Sampler:
     def _searched(packed: dict[str, Any]) -> list[Tensor]:
         return [tensor for tensor in tensors(packed) if tensor.requires_grad]
 
-    def _generate(self, conditioning: Conditioning, seeds: Sequence[int], gradient: bool) -> Tensor:
+    def _generate(
+        self, conditioning: Conditioning, seeds: Sequence[int], gradient: bool, shortcut: int | None
+    ) -> Tensor:
         packed = self.packed(self.tensors(conditioning))
-        steps = self.settings.grad_steps if gradient else 0
-        gate = Gate(self.pipeline, steps, len(seeds), self._searched(packed), bool(conditioning.adapter))
+        searched, steps = self._searched(packed), self.settings.grad_steps if gradient else 0
+        gate = (
+            Gate(self.pipeline, steps, len(seeds), searched, bool(conditioning.adapter))
+            if shortcut is None
+            else Shortcut(self.pipeline, shortcut, len(seeds), searched)
+        )
         with (
             Adapted(denoiser(self.pipeline), conditioning.adapter),
             gate,

@@ -34,6 +34,10 @@ REWARDS = Registry(
             "ipgo_opt.rewards.clip:load_clip", "prompt alignment: cosine of CLIP's image and text embeddings",
             real="clip:ViT-L-14/openai",
         ),
+        "clip-spherical": RewardEntry(
+            "ipgo_opt.rewards.clip:load_spherical", "minus DPO-Diff's spherical distance of CLIP's embeddings",
+            real="clip-spherical:ViT-L-14/openai",
+        ),
         "aesthetic": RewardEntry(
             "ipgo_opt.rewards.aesthetic:load_aesthetic", "aesthetic score, about 1 to 10", real="aesthetic:laion"
         ),
@@ -48,6 +52,10 @@ REWARDS = Registry(
         "clip:NAME": RewardEntry(
             "ipgo_opt.rewards.open_clip:real",
             "cosine of a CLIP: ARCHITECTURE/CHECKPOINT of open_clip, a hub id or a folder", any_model=True,
+        ),
+        "clip-spherical:NAME": RewardEntry(
+            "ipgo_opt.rewards.open_clip:spherical", "minus the spherical distance of a CLIP, named as for clip:NAME",
+            any_model=True,
         ),
         "aesthetic:NAME": RewardEntry(
             "ipgo_opt.rewards.aesthetic:real", "LAION's aesthetic head on ViT-L/14: laion or a file", any_model=True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 
@@ -244,6 +244,10 @@ class WeightedSum:
     def __init__(self, terms: Sequence[Term], rewards: Sequence[Reward]) -> None:
         self.terms, self.rewards = terms, rewards
         self.differentiable = all(reward.differentiable for reward in rewards)
+
+    def negated(self) -> WeightedSum:
+        """The same rewards with the opposite weights: what an attack maximizes."""
+        return WeightedSum([replace(term, weight=-term.weight) for term in self.terms], self.rewards)
 
     def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Unweighted scores (B,) by reward name."""

@@ -135,6 +135,18 @@ class ClipReward:
         return (self.encoder.images(images) * self.encoder.texts(prompts)).sum(-1)
 
 
+class SphericalReward(ClipReward):
+    """Minus DPO-Diff's spherical distance (B,) of images and prompts, in [−π²/2, 0]; larger is better aligned.
+
+    The distance of unit embeddings x and y is `2·arcsin²(‖x − y‖ / 2)` (Wang et al., ICML 2024, section 5).
+    """
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores (B,) of images (B, 3, H, W) in [0, 1]."""
+        apart = (self.encoder.images(images) - self.encoder.texts(prompts)).norm(dim=-1)
+        return -2 * (apart / 2).clamp(max=1).arcsin().square()
+
+
 @functools.lru_cache(maxsize=4)
 def encoder(name: str, device: str) -> ClipEncoder:
     """An embedded CLIP, loaded once per device and shared by the rewards that need it."""
@@ -144,6 +156,11 @@ def encoder(name: str, device: str) -> ClipEncoder:
 def load_clip(device: str) -> ClipReward:
     """The embedded alignment reward."""
     return ClipReward(encoder("clip", device))
+
+
+def load_spherical(device: str) -> SphericalReward:
+    """The embedded alignment reward as a spherical distance."""
+    return SphericalReward(encoder("clip", device))
 
 
 def load_judge(device: str) -> ClipReward:

@@ -69,22 +69,33 @@ def find(target: str) -> Custom:
     Modules are looked for in the current directory first, then where Python does. While user code runs, the folder of
     its file (the current directory for a module) can be imported from, and what it prints goes to standard error.
     """
+    value, folder = located(target, "reward")
+    return settle(value, target, folder)
+
+
+def located(target: str, kind: str) -> tuple[Any, Path]:
+    """What `file.py:name` or `package.module:name` stands for, and the folder that it may import from.
+
+    Raises:
+        BadInput: there is no such file, module or name; the message calls it by its `kind`.
+
+    """
     where, _, attribute = target.rpartition(":")
     if where.endswith(".py"):
         path = Path(where).expanduser().resolve()
         if not path.is_file():
-            raise BadInput(f"the file of a reward must exist, but there is no file {where!r}.")
+            raise BadInput(f"the file of a {kind} must exist, but there is no file {where!r}.")
         folder = path.parent
-        module = _imported(where, folder, lambda: _load_file(path))
+        module = _imported(where, kind, folder, lambda: _load_file(path))
     else:
         folder = Path.cwd()
-        module = _imported(where, folder, lambda: importlib.import_module(where))
+        module = _imported(where, kind, folder, lambda: importlib.import_module(where))
     if not hasattr(module, attribute):
         names = [name for name, value in vars(module).items() if _may_be_meant(value, module)]
         if not names:
-            raise BadInput(f"{where!r} must define the reward {attribute!r}, but it defines no function at all.")
-        raise unknown(f"a reward in {where}", attribute, names)
-    return settle(getattr(module, attribute), target, folder)
+            raise BadInput(f"{where!r} must define the {kind} {attribute!r}, but it defines no function at all.")
+        raise unknown(f"a {kind} in {where}", attribute, names)
+    return getattr(module, attribute), folder
 
 
 def _may_be_meant(value: Any, module: ModuleType) -> bool:
@@ -162,7 +173,7 @@ def _load_file(path: Path) -> ModuleType:
     return module
 
 
-def _imported(where: str, folder: Path, work: Callable[[], ModuleType]) -> ModuleType:
+def _imported(where: str, kind: str, folder: Path, work: Callable[[], ModuleType]) -> ModuleType:
     """What `work` imports, with the user's folder on the path."""
     importlib.invalidate_caches()
     try:
@@ -171,16 +182,16 @@ def _imported(where: str, folder: Path, work: Callable[[], ModuleType]) -> Modul
     except ModuleNotFoundError as error:
         if error.name is not None and (where == error.name or where.startswith(f"{error.name}.")):
             raise BadInput(
-                f"the module of a reward must exist, but there is none named {error.name!r} in the current directory "
+                f"the module of a {kind} must exist, but there is none named {error.name!r} in the current directory "
                 "or on Python's path."
             ) from None
-        raise _not_importable(where, error) from error
+        raise _not_importable(where, kind, error) from error
     except (Exception, SystemExit) as error:
-        raise _not_importable(where, error) from error
+        raise _not_importable(where, kind, error) from error
 
 
-def _not_importable(where: str, error: BaseException) -> BadInput:
-    return BadInput(f"the module of a reward must be importable, but {where!r} raised {_raised(error)}.")
+def _not_importable(where: str, kind: str, error: BaseException) -> BadInput:
+    return BadInput(f"the module of a {kind} must be importable, but {where!r} raised {_raised(error)}.")
 
 
 @contextlib.contextmanager

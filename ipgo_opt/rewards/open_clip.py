@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ipgo_opt.errors import BadInput
 from ipgo_opt.registry import unknown
-from ipgo_opt.rewards.clip import ClipEncoder, ClipReward, Encoder
+from ipgo_opt.rewards.clip import ClipEncoder, ClipReward, Encoder, SphericalReward
 from ipgo_opt.rewards.weights import Loader, Weights, as_bad_input
 
 SIZES = {"ViT-B-32": "0.6 GB", "ViT-B-16": "0.6 GB", "ViT-L-14": "1.7 GB", "ViT-H-14": "3.9 GB", "ViT-g-14": "5.5 GB"}
@@ -106,14 +106,23 @@ def transformers_encoder(folder: Path, device: str) -> ClipEncoder:
 
 def real(member: str) -> Loader:
     """The reward `clip:MEMBER`: ARCHITECTURE/CHECKPOINT of open_clip, or a folder or hub id of a transformers CLIP."""
+    return _loader(member, ClipReward)
+
+
+def spherical(member: str) -> Loader:
+    """The reward `clip-spherical:MEMBER`, likewise."""
+    return _loader(member, SphericalReward)
+
+
+def _loader(member: str, made: type[ClipReward]) -> Loader:
     import open_clip
 
     architecture, _, tag = member.partition("/")
     if Path(member).expanduser().is_dir():
         folder = Path(member).expanduser()
-        return lambda device: ClipReward(transformers_encoder(folder, device))
+        return lambda device: made(transformers_encoder(folder, device))
     if tag and not open_clip.list_pretrained_tags_by_model(architecture):
         folder = Weights(f"clip:{member}", member, ("model.safetensors",), "size as its page says").require().parent
-        return lambda device: ClipReward(transformers_encoder(folder, device))
+        return lambda device: made(transformers_encoder(folder, device))
     path = checkpoint(architecture, tag, f"clip:{member}").require()
-    return lambda device: ClipReward(encoder(architecture, tag, path, device))
+    return lambda device: made(encoder(architecture, tag, path, device))

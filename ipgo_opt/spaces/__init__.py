@@ -13,6 +13,10 @@ SPACES = Registry(
         "tokens+noise": Entry("ipgo_opt.spaces.product:TokensNoise", "IPGO's tokens and the starting noise together"),
         "hard-tokens": Entry("ipgo_opt.spaces.hard_tokens:HardTokenSpace", "words around the prompt (PEZ)"),
         "lora": Entry("ipgo_opt.spaces.lora:LoraSpace", "low-rank changes of the denoiser's attention (DRaFT, DDPO)"),
+        "words": Entry(
+            "ipgo_opt.spaces.words:WordSpace", "DPO-Diff's choices of words: a readable prompt and negative one"
+        ),
+        "texts": Entry("ipgo_opt.spaces.texts:TextSpace", "prompts that a language model writes"),
         "seeds": Entry("ipgo_opt.spaces.seeds:SeedSpace", "nothing but the seed of the noise: best-of-n"),
     },
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -22,12 +22,14 @@ class Coordinates:
         start: where a search begins, (D,).
         lower: least value of each coordinate, (D,), −inf where there is none.
         upper: greatest value of each coordinate, (D,), inf where there is none.
+        groups: sizes of consecutive groups of coordinates that each stand for one choice, the largest wins; or ().
 
     """
 
     start: Tensor
     lower: Tensor
     upper: Tensor
+    groups: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.start)
@@ -42,11 +44,13 @@ class Space(Protocol):
     Attributes:
         needs_noise: whether `apply` must be given the starting noise of the seeds in the conditioning.
         bounded: whether there are bounded low-dimensional coordinates, without which only a gradient can search.
+        one_prompt: whether it is made for one prompt, so that several prompts can't be searched in it together.
 
     """
 
     needs_noise: ClassVar[bool] = False
     bounded: ClassVar[bool] = True
+    one_prompt: ClassVar[bool] = False
 
     @classmethod
     def made(cls, config: RunConfig, sampler: Sampler) -> Space:
@@ -69,14 +73,19 @@ class Space(Protocol):
         """What one point x (D,) stands for, by name, to be kept beside the best image."""
         ...
 
-    def described(self, x: Tensor, *, full: bool) -> dict[str, Any]:
-        """What one point x (D,) says to a reader, for the summary of the run: nothing, unless it has words."""
-        return {}
-
     def state_dict(self) -> dict[str, Tensor]:
         """Everything random that was fixed when the space was made."""
         ...
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores what `state_dict` gave."""
+        ...
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """A space whose points are texts that a person can read and give to any model."""
+
+    def readable(self, x: Tensor, *, full: bool) -> dict[str, str]:
+        """The texts of a point x (D,): "prompt" and "negative_prompt"."""
         ...

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class HardTokenSpace(Space):
     """
 
     bounded: ClassVar[bool] = False
+    one_prompt: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -91,11 +92,10 @@ class HardTokenSpace(Space):
         number = self.nearest(x[None])[0]
         return {"words": number, "embeddings": self.vectors[number]}
 
-    def described(self, x: Tensor, *, full: bool) -> dict[str, Any]:
-        """The "words" that were found, and "found_prompt", the prompt with them."""
+    def readable(self, x: Tensor, *, full: bool) -> dict[str, str]:
+        """The prompt with the words of a point x (D,) around it."""
         words = [self.words[int(number)] for number in self.nearest(x[None])[0]]
-        found = " ".join([*words[: self.before], self.prompt, *words[self.before :]])
-        return {"words": words, "found_prompt": found}
+        return {"prompt": " ".join([*words[: self.before], self.prompt, *words[self.before :]])}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The embeddings of the first words."""

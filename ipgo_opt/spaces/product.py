@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,7 +37,8 @@ class Product(Space):
     def coordinates(self, *, full: bool) -> Coordinates:
         """The factors' coordinates, one after the other."""
         parts = [space.coordinates(full=full) for space in self.spaces.values()]
-        return Coordinates(*(torch.cat([getattr(p, end) for p in parts]) for end in ("start", "lower", "upper")))
+        start, lower, upper = (torch.cat([getattr(part, end) for part in parts]) for end in ("start", "lower", "upper"))
+        return Coordinates(start, lower, upper)
 
     def _split(self, x: Tensor, full: bool) -> list[tuple[str, Space, Tensor]]:
         """Name, space and its part of x (…, D)."""
@@ -62,13 +63,6 @@ class Product(Space):
             for name, space, part in self._split(x, full)
             for key, tensor in space.learned(part, full=full).items()
         }
-
-    def described(self, x: Tensor, *, full: bool) -> dict[str, Any]:
-        """What every factor says."""
-        out: dict[str, Any] = {}
-        for _, space, part in self._split(x, full):
-            out |= space.described(part, full=full)
-        return out
 
     def state_dict(self) -> dict[str, Tensor]:
         """The factors' states."""

@@ -12,6 +12,22 @@ STRATEGIES = Registry(
         "nevergrad:NAME": Entry(
             "ipgo_opt.strategies.nevergrad:named", "Nevergrad's optimizer NAME, such as TBPSA or DE (any reward)"
         ),
+        "evolution": Entry(
+            "ipgo_opt.strategies.evolution:Evolution", "DPO-Diff's genetic search over choices (any reward)"
+        ),
+        "hybrid": Entry(
+            "ipgo_opt.strategies.hybrid:Hybrid",
+            "RMSprop on distributions over words, then evolution (needs a gradient)",
+        ),
+        "gpo": Entry(
+            "ipgo_opt.strategies.hybrid:Gpo", "RMSprop on distributions over words, then draws (needs a gradient)"
+        ),
+        "llm": Entry(
+            "ipgo_opt.strategies.llm:Llm", "a language model rewrites the prompt (OPENAI_BASE_URL, any reward)"
+        ),
+        "promptist": Entry(
+            "ipgo_opt.strategies.promptist:Promptist", "a local language model rephrases the prompt (any reward)"
+        ),
         "random": Entry("ipgo_opt.strategies.random:Random", "uniform over the bounded coordinates (any reward)"),
     },
 )

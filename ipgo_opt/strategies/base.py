@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -20,6 +20,8 @@ class Problem:
         budget: points that may be evaluated in all.
         batch: points per `ask`, q.
         seed: seed of the solver's own generator.
+        groups: sizes of consecutive groups of coordinates that each stand for one choice, the largest wins; () if there
+            are none.
 
     """
 
@@ -29,6 +31,7 @@ class Problem:
     budget: int
     batch: int = 1
     seed: int = 0
+    groups: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.start.ndim == self.lower.ndim == self.upper.ndim == 1:
@@ -42,19 +45,29 @@ class Problem:
             raise BadInput("`lower <= upper` must hold for every coordinate.")
         if self.budget < 1 or self.batch < 1:
             raise BadInput(f"`budget >= 1` and `batch >= 1` must hold, but got {self.budget} and {self.batch}.")
+        if self.groups and (min(self.groups) < 1 or sum(self.groups) != len(self.start)):
+            raise BadInput(f"`groups` must add up to the {len(self.start)} coordinates, but got {self.groups}.")
+
+
+class Exhausted(Exception):
+    """A solver has nothing left to ask for, and says why: the search ends before its budget."""
 
 
 class Strategy(Protocol):
     """A solver: `ask` for points, evaluate them, `tell` the values; repeat.
 
-    `uses_gradient` says whether `tell` needs gradients, and with them the full vector of a space; without, the solver
-    works on the bounded low-dimensional coordinates. Tensors passed in are not changed or kept.
+    `uses_gradient` says whether `tell` needs gradients: of a class, whether it ever does, and with them the full vector
+    of a space (without, the solver works on the bounded low-dimensional coordinates); of a solver, whether the next
+    `tell` does. Tensors passed in are not changed or kept.
     """
 
-    uses_gradient: ClassVar[bool]
+    @property
+    def uses_gradient(self) -> bool:
+        """Whether the next `tell` needs gradients."""
+        ...
 
     def ask(self) -> Tensor:
-        """Points to evaluate, (q, D), inside the bounds."""
+        """Points to evaluate, (q, D), inside the bounds; raises Exhausted if there are none left."""
         ...
 
     def tell(self, x: Tensor, value: Tensor, gradient: Tensor | None = None) -> None:
