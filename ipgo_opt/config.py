@@ -245,9 +245,13 @@ SPACE_DEFAULTS: dict[str, dict[str, Any]] = {
 and 8 words; DRaFT's step for SD 1.4, constant."""
 
 EMBEDDED_SPACE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
-    "emoji": {"lora": {"learning_rate": 1e-2}, "noise": {"learning_rate": 20.0}},
+    "emoji": {
+        "embedding": {"learning_rate": 0.1},
+        "lora": {"learning_rate": 1e-2},
+        "noise": {"learning_rate": 20.0},
+    },
 }
-"""The same by embedded model: its adapter is smaller, and its noise bears longer steps (docs/methods.md)."""
+"""The same by embedded model: its tokens are larger, its adapter smaller, its noise bears longer steps."""
 
 NOISE_SPACES = ("noise", "tokens+noise")
 """Spaces that the gradient reaches through every sampler step."""
