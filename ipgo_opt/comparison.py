@@ -127,10 +127,9 @@ def plan(
                 if own.get("strategy") == "gradient":
                     own["batch_size"] = 1  # the black boxes' setting
                 config = configure(prompt, **own)
-                if config.tried_seeds > REPEAT_SEEDS and repeats > 1:
+                if config.used_seeds > REPEAT_SEEDS and repeats > 1:
                     raise BadInput(
-                        f"with repeats, a run may try {REPEAT_SEEDS} seeds, but {solver} would try "
-                        f"{config.tried_seeds}."
+                        f"with repeats, a run may try {REPEAT_SEEDS} seeds, but {solver} would try {config.used_seeds}."
                     )
                 folder = out / "runs" / name / f"{re.sub('[^A-Za-z0-9]+', '-', solver)}-{repeat}"
                 cells.append(Cell(prompt, solver, repeat, folder, config))

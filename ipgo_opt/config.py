@@ -219,7 +219,16 @@ class RunConfig:
         levers = memory.parse(self.memory, low=self.low_memory)
         if self.strategy in GRADIENT_STRATEGIES and memory.NO_GRADIENT & set(levers):
             raise BadInput(f"memory lever {min(memory.NO_GRADIENT & set(levers))!r} does not go with a gradient.")
+        if self.space == "hard-tokens" and "text-offload" in levers:
+            raise BadInput(
+                "memory lever 'text-offload' does not go with hard-tokens, whose gradient needs the encoder."
+            )
         return levers
+
+    @property
+    def used_seeds(self) -> int:
+        """Seeds that the search looks at: those that are tried, or with a policy one for every image."""
+        return self.budget if self.strategy == "policy" else self.tried_seeds
 
     @property
     def tried_seeds(self) -> int:
@@ -383,9 +392,13 @@ SPACE_DEFAULTS: dict[str, dict[str, Any]] = {
 and 8 words; DRaFT's step for SD 1.4, constant."""
 
 EMBEDDED_SPACE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
-    "emoji": {"lora": {"learning_rate": 1e-2}, "noise": {"learning_rate": 20.0}},
+    "emoji": {
+        "embedding": {"learning_rate": 0.1},
+        "lora": {"learning_rate": 1e-2},
+        "noise": {"learning_rate": 20.0},
+    },
 }
-"""The same by embedded model: its adapter is smaller, and its noise bears longer steps (docs/methods.md)."""
+"""The same by embedded model: its tokens are larger, its adapter smaller, its noise bears longer steps."""
 
 NOISE_SPACES = ("noise", "tokens+noise")
 """Spaces that the gradient reaches through every sampler step."""
@@ -561,10 +574,10 @@ def check(config: RunConfig) -> ModelSource:
     for name in ("seed_share", "eta"):
         if getattr(config, name) > 1:
             raise BadInput(f"`0 <= {name} <= 1` must hold, but got {name}={getattr(config, name)}.")
-    if config.seed + config.tried_seeds > FIRST_HELD_OUT_SEED:
+    if config.seed + config.used_seeds > FIRST_HELD_OUT_SEED:
         raise BadInput(
             f"search seeds must be below {FIRST_HELD_OUT_SEED} (later ones are held out), but got "
-            f"seed={config.seed} and {config.tried_seeds} seeds to try."
+            f"seed={config.seed} and {config.used_seeds} seeds to try."
         )
     step = config.search_seeds * config.batch_size * (config.seed_share < 1)
     if config.shared:
@@ -679,11 +692,6 @@ def check_method(config: RunConfig) -> None:
             "the policy strategy samples with fresh noise, a batch at a time, one seed each (`eta > 0`, "
             f"`batch_size >= 2`, `search_seeds == 1`, `clip_range > 0`), but got eta={config.eta}, "
             f"batch_size={config.batch_size}, search_seeds={config.search_seeds}, clip_range={config.clip_range}."
-        )
-    if config.seed + config.budget > FIRST_HELD_OUT_SEED:
-        raise BadInput(
-            f"search seeds must be below {FIRST_HELD_OUT_SEED} (later ones are held out), but got seed={config.seed} "
-            f"and a sample on each of {config.budget} seeds."
         )
 
 

@@ -151,6 +151,7 @@ def test_defaults_are_complete(method):
         ({"eta": 0.5}, "scheduler=''"),
         ({"eta": 1.5, "scheduler": "DDIMScheduler"}, "eta=1.5"),
         ({"optimizer": "sgd"}, "'sgd'"),
+        ({"space": "hard-tokens", "memory": "text-offload"}, "text-offload"),
         ({"inner_updates": 0}, "inner_updates=0"),
         ({"noise_weight": math.nan}, "noise_weight=nan"),
     ],

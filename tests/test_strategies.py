@@ -532,3 +532,38 @@ def test_impossible_options_of_searches_over_choices_are_refused(options, wrong)
 def test_groups_add_up():
     with pytest.raises(BadInput, match="`groups` must add up to the 9 coordinates"):
         Problem(torch.zeros(9), torch.zeros(9), torch.ones(9), 1, groups=(3, 4))
+
+
+def test_nesterov_is_torchs():
+    """ReNO's optimizer: SGD with momentum 0.9, its own step, the clipped norm; through a restart as well."""
+    start = problem().start.double()
+    bound = torch.full_like(start, math.inf)
+    given = Problem(start, -bound, bound, budget=40)
+    options = GradientOptions(learning_rate=0.05, decay=1.0, max_grad_norm=0.1, optimizer="nesterov")
+    solver, x = Gradient(given, options), torch.nn.Parameter(start.clone())
+    optimizer = torch.optim.SGD([x], lr=0.05, momentum=0.9, nesterov=True)
+    for update in range(20):
+        torch.testing.assert_close(solver.ask()[0], x.detach())
+        solver.tell(solver.ask(), torch.zeros(1), slope(solver.ask(), update))
+        x.grad = -slope(x.detach(), update)
+        torch.nn.utils.clip_grad_norm_([x], 0.1)
+        optimizer.step()
+        if update == 9:
+            state, solver = solver.state_dict(), Gradient(given, options)
+            solver.load_state_dict(state)
+    assert (x - start).norm() > 0.1
+
+
+def test_a_policy_averages_the_gradients_of_its_samples():
+    """The update of one point with the mean gradient; other points than it asked for are refused."""
+    options = GradientOptions(learning_rate=0.1)
+    samples, alone = (STRATEGIES.load("policy")(problem(q), options) for q in (3, 1))
+    g = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    for _ in range(3):
+        x = samples.ask()
+        assert torch.equal(x, x[:1].expand(3, -1))
+        samples.tell(x, torch.zeros(3), g)
+        alone.tell(alone.ask(), torch.zeros(1), g.mean(0, keepdim=True))
+    torch.testing.assert_close(samples.ask()[:1], alone.ask())
+    with pytest.raises(BadInput, match="one point"):
+        samples.tell(samples.ask() + torch.arange(3)[:, None], torch.zeros(3), g)
