@@ -175,9 +175,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs"))
     parser.add_argument("--budget", type=int, default=BUDGET, help="images of each run, validations included")
     parser.add_argument("--prompts", type=int, default=60, help="unseen prompts: the first of them")
+    parser.add_argument("--rows", nargs="+", choices=list(rows()), help="only these")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
-    settings = rows()
+    settings = {name: own for name, own in rows().items() if args.rows is None or name in args.rows}
     folders = {name: args.runs / "".join(c if c.isalnum() or c == "+" else "-" for c in name) for name in settings}
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
         pending = {
@@ -189,6 +190,7 @@ def main() -> None:
     if any(found is not None for found in made.values()):
         strip(made, folders, args.prompts, args.out / "transfer-strip.png")
     given = [f"--budget {args.budget}"] * (args.budget != BUDGET) + [f"--prompts {args.prompts}"] * (args.prompts != 60)
+    given += [f"--rows {' '.join(map(repr, args.rows))}"] * (args.rows is not None)
     text = "\n".join([
         "# Do shared tokens carry over to prompts of another kind?", "",
         f"Produced by `{' '.join(['python -m benchmarks.transfer', *given])}` on the embedded model: one set of "
