@@ -2,7 +2,8 @@
 
 python -m benchmarks.many --threads 2
 
-Prints the seconds of both, their ratio and the largest difference between the rewards of the two histories.
+Prints the seconds of both, their ratio, that of the CPU seconds (for a machine that others use as well) and the largest
+difference between the rewards of the two histories.
 """
 
 from __future__ import annotations
@@ -25,16 +26,17 @@ def largest_difference(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> floa
 
 def measure(prompts: list[str], budget: int, settings: dict[str, Any], loaded: dict[Any, Any]) -> dict[str, Any]:
     """Seconds of both ways, one by one first."""
-    begun = time.perf_counter()
+    begun, begun_cpu = time.perf_counter(), time.process_time()
     alone = [optimize(prompt, budget=budget, loaded=loaded, **settings) for prompt in prompts]
-    middle = time.perf_counter()
+    middle, middle_cpu = time.perf_counter(), time.process_time()
     together = optimize(prompts=prompts, budget=budget, loaded=loaded, **settings)
-    ended = time.perf_counter()
+    ended, ended_cpu = time.perf_counter(), time.process_time()
     return {
         "settings": settings,
         "one_by_one": middle - begun,
         "one_pass": ended - middle,
         "ratio": (middle - begun) / (ended - middle),
+        "cpu_ratio": (middle_cpu - begun_cpu) / (ended_cpu - middle_cpu),
         "images_per_second": [len(prompts) * budget / (middle - begun), len(prompts) * budget / (ended - middle)],
         "largest_difference": max(
             largest_difference(a.history, b.history) for a, b in zip(alone, together, strict=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -176,9 +175,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs"))
     parser.add_argument("--budget", type=int, default=BUDGET, help="images of each run, validations included")
     parser.add_argument("--prompts", type=int, default=60, help="unseen prompts: the first of them")
+    parser.add_argument("--rows", nargs="+", choices=list(rows()), help="only these")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
-    settings = rows()
+    settings = {name: own for name, own in rows().items() if args.rows is None or name in args.rows}
     folders = {name: args.runs / "".join(c if c.isalnum() or c == "+" else "-" for c in name) for name in settings}
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
         pending = {
@@ -190,14 +190,22 @@ def main() -> None:
     if any(found is not None for found in made.values()):
         strip(made, folders, args.prompts, args.out / "transfer-strip.png")
     given = [f"--budget {args.budget}"] * (args.budget != BUDGET) + [f"--prompts {args.prompts}"] * (args.prompts != 60)
+    given += [f"--rows {' '.join(map(repr, args.rows))}"] * (args.rows is not None)
     text = "\n".join([
-        f"<!-- python -m benchmarks.transfer {' '.join(given)}".rstrip() + " -->", *table(made, folders), "",
+        "# Do shared tokens carry over to prompts of another kind?", "",
+        f"Produced by `{' '.join(['python -m benchmarks.transfer', *given])}` on the embedded model: one set of "
+        f"tokens is learned with the reward `aesthetic` on {', '.join(TRAINING)} (350 prompts, 10 more for "
+        f"validation), {args.budget} images in all, and applied to {args.prompts} prompts of {UNSEEN}, one fresh seed. "
+        f"Validation every {IMAGES_APART} images; the tokens that are kept are the best there as long as the alignment "
+        f"by `clip` has not fallen by more than {TOLERANCE:.0%}. The `judge` is another CLIP that takes no part in the "
+        "search. Differences are paired by prompt, with 95 % bootstrap intervals over the prompts.", "",
+        *table(made, folders), "",
+        "Dots: the tokens that were kept. Training goes on after them to show what climbing for longer does.", "",
         "![aesthetic score and alignment on the validation prompts against images](transfer-curve.png)", "",
         "![raw and optimized images of unseen prompts](transfer-strip.png)",
     ])  # fmt: skip
-    (args.out / "transfer-table.md").write_text(text + "\n")
+    (args.out / "transfer.md").write_text(text + "\n")
     print(text)
-    print(os.fspath(args.out / "transfer-table.md"))
 
 
 if __name__ == "__main__":

@@ -56,8 +56,10 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         """Four digits, or a dash for what is not known."""
         return "–" if value is None else f"{value:.4f}"
 
-    out = [("reward on the search seeds", number(result["raw_reward"]), number(result["search_reward"]))]
-    if result["seeds"] != list(range(result["seed"], result["seed"] + len(result["seeds"]))):
+    shared = "validation_prompts" in result
+    label = f"reward on {result['validation_prompts']} validation prompts" if shared else "reward on the search seeds"
+    out = [(label, number(result["raw_reward"]), number(result["search_reward"]))]
+    if not shared and result["seeds"] != list(range(result["seed"], result["seed"] + len(result["seeds"]))):
         out.insert(0, ("raw prompt on the first and on the chosen seed", out[0][1], number(result["seed_reward"])))
     held_out = result["held_out"]
     if held_out:
@@ -90,7 +92,8 @@ def report_html(run: dict[str, Any], history: list[dict[str, Any]], folder: Path
     )
     settings = "".join(f"<tr><td>{k}</td><td>{html.escape(str(v))}</td></tr>" for k, v in config.items())
     seed = result["seeds"][0]
-    chosen = "optimized, same seed" if seed == result["seed"] else f"optimized, seed {seed}"
+    same_seed = seed == result["seed"] or "validation_prompts" in result
+    chosen = "optimized, same seed" if same_seed else f"optimized, seed {seed}"
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(config["prompt"])}</title>
 <meta name="viewport" content="width=device-width"><style>{STYLE}</style>
 <h1>{html.escape(config["prompt"])}</h1>
