@@ -69,7 +69,7 @@ def points(made: Any, q: int, *, full: bool = True, size: float = 0.3) -> Tensor
     """The start, and points at a random distance from it inside the bounds."""
     c = made.coordinates(full=full)
     size = 9.0 if made.one_prompt and made.bounded else size  # words: far enough for another choice
-    steps = size * torch.randn(q, len(c), generator=torch.Generator().manual_seed(1))
+    steps = size * torch.randn(q, len(c), generator=torch.Generator().manual_seed(1 if size < 1 else 3))
     return (c.start + steps * (torch.arange(q) > 0)[:, None]).clamp(c.lower, c.upper)
 
 
