@@ -20,8 +20,9 @@ from torch import Tensor
 from ipgo_opt import BadInput, Result, RunFailed, optimize, resume
 from ipgo_opt.models import EMBEDDED
 from ipgo_opt.models.mixing import Mixed, Slot
+from ipgo_opt.models.prediction import clean, levels
 from ipgo_opt.models.sampler import Sampler
-from ipgo_opt.models.shortcut import clean, shortcut_step
+from ipgo_opt.models.shortcut import shortcut_step
 from ipgo_opt.rewards.base import prepare
 from ipgo_opt.rewards.clip import encoder
 from ipgo_opt.rewards.similarity import prepare_similarity, similarity
@@ -115,7 +116,7 @@ def test_the_clean_estimate_is_the_schedulers_own(name, kind):
     sample = torch.randn(2, 4, 4, 4, generator=generator, dtype=torch.float64)
     for n, t in enumerate(scheduler.timesteps):
         output = torch.randn(2, 4, 4, 4, generator=generator, dtype=torch.float64)
-        found = clean(scheduler, output, t, sample)
+        found = clean(scheduler, output, sample, *levels(scheduler, t, sample))
         step = scheduler.step(output, t, sample)
         if name == "DPMSolverMultistepScheduler":
             expected = scheduler.model_outputs[-1]
@@ -133,7 +134,8 @@ def test_the_clean_estimate_of_a_flow():
     scheduler.set_timesteps(8)
     x0, noise = torch.randn(2, 2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     for t, sigma in zip(scheduler.timesteps, scheduler.sigmas, strict=False):
-        found = clean(scheduler, noise - x0, t, (1 - sigma) * x0 + sigma * noise)
+        sample = (1 - sigma) * x0 + sigma * noise
+        found = clean(scheduler, noise - x0, sample, *levels(scheduler, t, sample))
         torch.testing.assert_close(found, x0, rtol=1e-4, atol=1e-4)
 
 
@@ -141,7 +143,7 @@ def test_what_is_not_known_is_refused():
     scheduler = diffusers.EDMEulerScheduler()
     scheduler.set_timesteps(4)
     with pytest.raises(BadInput, match="EDMEulerScheduler"):
-        clean(scheduler, torch.zeros(1, 4, 4, 4), scheduler.timesteps[0], torch.zeros(1, 4, 4, 4))
+        clean(scheduler, *[torch.zeros(1, 4, 4, 4)] * 4)
 
 
 def test_the_last_step_of_ddim_is_the_image_itself():

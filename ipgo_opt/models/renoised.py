@@ -13,28 +13,8 @@ import torch
 from torch import Tensor
 
 from ipgo_opt.conditioning import Conditioning
+from ipgo_opt.models.prediction import clean, levels
 from ipgo_opt.models.sampler import Sampler
-
-
-def noised(scheduler: Any, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-    """A · latents + s · noise of a timestep, by the scheduler's own schedule."""
-    timesteps = timestep.reshape(1).expand(len(latents))
-    if hasattr(scheduler, "add_noise"):
-        return scheduler.add_noise(latents, noise, timesteps)
-    return scheduler.scale_noise(latents, timesteps, noise)  # flow matching
-
-
-def denoised(scheduler: Any, output: Tensor, sample: Tensor, a: Tensor, s: Tensor) -> Tensor:
-    """x̂_0 of noisy images `sample` = a x_0 + s ε, as the denoiser's output predicts it."""
-    kind = getattr(scheduler.config, "prediction_type", "flow_prediction")
-    if kind == "epsilon":
-        return (sample - s * output) / a
-    if kind == "v_prediction":
-        size = (a.square() + s.square()).sqrt()
-        return (a * sample / size - s * output) / size
-    if kind == "sample":
-        return output
-    return sample - s * output
 
 
 def renoised(
@@ -62,12 +42,10 @@ def _renoised(
         timesteps = scheduler.timesteps
         last = len(timesteps) - 1
         if iteration == last:
-            return denoised(scheduler, output, sample, *weights)
+            return clean(scheduler, output, sample, *weights)
         if iteration < last - 1:
             return sample
-        one, nothing = torch.ones_like(latents[:1]), torch.zeros_like(latents[:1])
-        weights.append(noised(scheduler, one, nothing, timesteps[last]))
-        weights.append(noised(scheduler, nothing, one, timesteps[last]))
+        weights.extend(levels(scheduler, timesteps[last], latents))
         return weights[0] * latents + weights[1] * noise
 
     return sampler.revisit(conditioning, seeds, follow, steps=1)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ipgo_opt.errors import BadInput
 from ipgo_opt.models.gate import Gate
+from ipgo_opt.models.prediction import clean, levels
 
 EVERY, STEPS = 2, 50
 """After how many updates the shortcut moves on by one of how many sampler steps: the paper's schedule."""
@@ -25,46 +25,6 @@ EVERY, STEPS = 2, 50
 def shortcut_step(update: int, start: float, steps: int) -> int:
     """The sampler step, of `steps`, at which update `update` (from 0) is taken; the paper's `start` is 15/50."""
     return min(int((start * STEPS + update // EVERY) * steps / STEPS + 1e-9), steps - 1)
-
-
-def levels(scheduler: Any, timestep: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
-    """(a, s) of `sample = a · x0 + s · ε` at a timestep, each like the sample, in the scheduler's own convention."""
-    zero, one = torch.zeros_like(sample), torch.ones_like(sample)
-    add = getattr(scheduler, "add_noise", None) or scheduler.scale_noise
-    takes = list(inspect.signature(add).parameters)
-    when = timestep.reshape(1).expand(len(sample)) if timestep.ndim == 0 else timestep
-
-    def noised(image: Tensor, noise: Tensor) -> Tensor:
-        given = {"noise": noise, "timesteps": when, "timestep": when}
-        noisy: Tensor = add(image, *(given[name] for name in takes[1:3]))
-        return noisy
-
-    return noised(one, zero), noised(zero, one)
-
-
-def clean(scheduler: Any, output: Tensor, timestep: Tensor, sample: Tensor) -> Tensor:
-    """The estimate x̂0 of the clean latents from a denoiser's output, whatever it predicts.
-
-    For ε it is `(x_t − s·ε̂) / a`, DPO-Diff's equation with a = sqrt(ᾱ_t) and s = sqrt(1 − ᾱ_t).
-
-    Raises:
-        BadInput: the scheduler predicts something that is not known.
-
-    """
-    a, s = levels(scheduler, timestep, sample)
-    kind = scheduler.config.get("prediction_type", "epsilon" if hasattr(scheduler, "alphas_cumprod") else "flow")
-    if hasattr(scheduler, "precondition_outputs"):
-        kind = "preconditioned"
-    if kind == "epsilon":
-        return (sample - s * output) / a
-    if kind == "v_prediction":
-        norm = (a.square() + s.square()).sqrt()
-        return (a * sample / norm - s * output) / norm
-    if kind == "sample":
-        return output
-    if kind in ("flow", "flow_prediction"):
-        return sample - s * output
-    raise BadInput(f"the shortcut gradient does not know what {type(scheduler).__name__} predicts ({kind!r}).")
 
 
 class Shortcut(Gate):
@@ -112,7 +72,8 @@ class Shortcut(Gate):
                 return step(*args, **kwargs)
             output, timestep, sample = given
             if self.iteration - 1 == self._stop():
-                sample = clean(self.pipeline.scheduler, output, torch.as_tensor(timestep), sample)
+                scheduler = self.pipeline.scheduler
+                sample = clean(scheduler, output, sample, *levels(scheduler, torch.as_tensor(timestep), sample))
             return SchedulerOutput(prev_sample=sample)
 
         return counted
