@@ -195,7 +195,7 @@ def measure(cell: Cell, loaded: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _given(config: RunConfig) -> dict[str, Any]:
-    return {name: value for name, value in vars(config).items() if name != "prompt"}
+    return {name: value for name, value in vars(config).items() if name not in ("prompt", "prompts", "shared")}
 
 
 def _json(config: RunConfig) -> Any:
