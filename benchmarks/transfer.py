@@ -190,7 +190,7 @@ def main() -> None:
     if any(found is not None for found in made.values()):
         strip(made, folders, args.prompts, args.out / "transfer-strip.png")
     given = [f"--budget {args.budget}"] * (args.budget != BUDGET) + [f"--prompts {args.prompts}"] * (args.prompts != 60)
-    given += [f"--rows {' '.join(map(repr, args.rows))}"] * (args.rows is not None)
+    given += [f"--rows {' '.join(map(repr, args.rows))}"] if args.rows else []
     text = "\n".join([
         "# Do shared tokens carry over to prompts of another kind?", "",
         f"Produced by `{' '.join(['python -m benchmarks.transfer', *given])}` on the embedded model: one set of "

@@ -42,6 +42,8 @@ class Nothing:
 class Strengths:
     """Fixed tokens as a space with one coordinate: the factor on what is inserted."""
 
+    needs_noise = False
+
     def __init__(self, file: ConditioningFile) -> None:
         self.tokens, self.attend = file.tokens, file.attend
 
@@ -57,6 +59,7 @@ class Point:
 
     def __init__(self, space: Any, x: Tensor, full: bool) -> None:
         self.space, self.x, self.full = space, x, full
+        self.needs_noise = space.needs_noise
 
     def apply(self, x: Tensor, conditioning: Conditioning, *, full: bool) -> tuple[Conditioning, Tensor]:
         """The point's inputs for B prompts."""

@@ -10,7 +10,7 @@ encoder's width d, Z holds the coefficients of M tokens, θ1 and θ2 are the ang
 
 IPGO+ (version 2 of the paper): before they are inserted, the tokens attend to the prompt by cross-attention without
 parameters, V ← V + softmax(V f(C)ᵀ / √d) f(C) with a token in each row of V and a state in each row of f(C). The sum
-with V is ours: what is attended to alone hardly depends on tokens of a small norm (docs/transfer.md).
+with V is ours: what is attended to alone hardly depends on tokens of a small norm.
 """
 
 from __future__ import annotations
