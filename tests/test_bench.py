@@ -196,7 +196,7 @@ def test_killed_and_started_again(tiny_folder, tmp_path, redness, jobs):
     out = tmp_path / "killed"
     first = run_command(*given, *options(tiny_folder, out), start_new_session=True)
     deadline = time.monotonic() + 120
-    while len(list(out.glob("*/*/runs/*/*/report.html"))) < 3:
+    while len(list(out.glob("*/*/runs/*/*/cost.json"))) < 3:
         assert time.monotonic() < deadline
         assert first.poll() is None, "it was over before it could be killed"
         time.sleep(0.02)

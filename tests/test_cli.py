@@ -328,5 +328,5 @@ def test_a_method_sets_space_and_strategy_and_yields_to_options(command):
     assert (code, out, err) == (
         2,
         "",
-        "ipgo-opt: method must be one of ipgo, best-of-n, but got 'ipgoo'. Did you mean 'ipgo'?\n",
+        f"ipgo-opt: method must be one of {', '.join(METHODS)}, but got 'ipgoo'. Did you mean 'ipgo'?\n",
     )

@@ -135,7 +135,8 @@ def test_a_finished_comparison_can_be_added_to(made, tiny_folder, tmp_path):
         ({"prompts": []}, "at least one"),
         ({"strategies": ["random", "random"]}, "once"),
         ({"strategies": ["randon"]}, "'random'"),
-        ({"strategies": ["seeds*gradient"]}, "differentiable"),
+        ({"strategies": ["seeds*gradient"]}, "strategy='gradient'"),
+        ({"strategies": ["gradient"]}, "differentiable"),
         ({"repeats": 0}, "repeats=0"),
         ({"reference": "cma"}, "'cma'"),
         ({"budget": 0}, "budget=0"),
@@ -177,7 +178,7 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_line_continues(tiny_folder, 
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
     )  # fmt: skip
     until = time.monotonic() + 120
-    while len(list(tmp_path.glob("out/runs/*/*/report.html"))) < 2:
+    while len(list(tmp_path.glob("out/runs/*/*/cost.json"))) < 2:
         assert time.monotonic() < until
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.005)
@@ -185,7 +186,8 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_line_continues(tiny_folder, 
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err
-    kept = {path: path.read_bytes() for path in tmp_path.glob("out/runs/*/*/report.html")}
+    finished = [path.with_name("report.html") for path in tmp_path.glob("out/runs/*/*/cost.json")]
+    kept = {path: path.read_bytes() for path in finished}
     assert 2 <= len(kept) < 12
     done = subprocess.run([*command, "--json"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -92,7 +93,7 @@ def test_a_reward_keeps_the_contract(name, images):
     scores = score(leaf, prompts)
     assert scores.shape == (3,)
     assert scores.dtype == torch.float32
-    low, high = (-2.0, 13.0) if name == "aesthetic" else (-1.0, 1.0)
+    low, high = {"aesthetic": (-2.0, 13.0), "clip-spherical": (-(math.pi**2) / 2, 0.0)}.get(name, (-1.0, 1.0))
     assert ((scores >= low) & (scores <= high)).all()
     assert scores.detach().std() > 1e-3
     assert score.differentiable

@@ -94,9 +94,9 @@ def test_one_pass(tiny_folder, monkeypatch):
     sizes: list[int] = []
     generate = Sampler.generate
 
-    def counted(self: Sampler, conditioning: Any, seeds: Any, *, gradient: bool = False) -> Tensor:
+    def counted(self: Sampler, conditioning: Any, seeds: Any, **how: Any) -> Tensor:
         sizes.append(len(seeds))
-        return generate(self, conditioning, seeds, gradient=gradient)
+        return generate(self, conditioning, seeds, **how)
 
     monkeypatch.setattr(Sampler, "generate", counted)
     optimize(prompts=PROMPTS, **settings(tiny_folder, budget=4, held_out=0))

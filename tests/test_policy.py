@@ -309,7 +309,7 @@ def test_it_learns(tiny_folder):
         ({"batch_size": 1}, "batch_size=1"),
         ({"search_seeds": 2}, "search_seeds=2"),
         ({"scheduler": "LMSDiscreteScheduler"}, "'LMSDiscreteScheduler'"),
-        ({"space": "seeds"}, "'seeds'"),
+        ({"space": "seeds"}, "strategy='policy'"),
         ({"space": "noise"}, "'noise'"),
         ({"clip_range": 0.0}, "clip_range=0.0"),
         ({"seed": 9_999_995}, "seed=9999995"),

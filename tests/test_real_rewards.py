@@ -291,6 +291,8 @@ def test_imscore_is_optional():
 
 def test_every_family_is_in_the_registry():
     families = {name for name in REWARDS if name.endswith(":NAME")}
-    assert families == {"clip:NAME", "aesthetic:NAME", "hps:NAME", "pickscore:NAME", "imscore:NAME"}
+    assert families == {
+        "clip:NAME", "clip-spherical:NAME", "aesthetic:NAME", "hps:NAME", "pickscore:NAME", "imscore:NAME"
+    }  # fmt: skip
     assert open_clip.checkpoint(*aesthetic.BACKBONE, "clip:ViT-L-14/openai") == aesthetic.BACKBONE_WEIGHTS
     assert aesthetic.LAION.get == "hf download trl-lib/ddpo-aesthetic-predictor aesthetic-model.pth"
