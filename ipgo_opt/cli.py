@@ -106,7 +106,7 @@ SETTINGS: dict[str, tuple[Any, Any]] = {
     "llm_calls": (int, _option("Most requests to it.", "--llm-calls")),
     "llm_timeout": (float, _option("Seconds that it may be silent.", "--llm-timeout")),
     "device": (str, _option("auto, cpu, cuda, cuda:1, mps.", "--device")),
-    "dtype": (str, _option("auto, float32, float16, bfloat16.", "--dtype")),
+    "dtype": (str, _option("auto, float32, float16, bfloat16, float64.", "--dtype")),
     "memory": (str, _option("Memory levers, separated by commas: see docs/models.md.", "--memory")),
     "low_memory": (bool, _option("Pull the levers that leave the image as it is.", "--low-memory")),
 }  # fmt: skip

@@ -53,7 +53,7 @@ STRATEGIES_OF = {
 }
 """Spaces that are searched by some strategies only; the first is their default."""
 
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class RunConfig:
         llm_calls: most requests to it.
         llm_timeout: seconds that it may be silent.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
-        dtype: "auto" (float32 on the CPU, float16 elsewhere) or one of float32, float16, bfloat16.
+        dtype: "auto" (float32 on the CPU, float16 elsewhere) or one of float32, float16, bfloat16, float64.
         memory: levers that save memory, separated by commas: see models/memory.py.
         low_memory: whether to pull those that leave the image as it is.
 
