@@ -252,7 +252,7 @@ bench = typer.Typer(
 app.add_typer(bench, name="bench")
 
 Prompts = Annotated[list[str] | None, typer.Option(
-    "--prompts", help="FILE or NAME=FILE, or a set of `list prompts`; may be repeated. [default: the five categories]", show_default=False
+    "--prompts", help="FILE, NAME=FILE or a shipped set such as animals; may be repeated. [default: the five categories]", show_default=False
 )]  # fmt: skip
 Limit = Annotated[int, typer.Option(help="Prompts of each file, from its beginning; 0 for all.")]
 Jobs = Annotated[int, typer.Option(help="Runs at the same time, each in a process of its own.")]
