@@ -7,12 +7,10 @@ from typing import Any
 
 import torch
 
-from ipgo_opt.artefact import load_conditioning
-from ipgo_opt.config import RunConfig, check, check_device
 from ipgo_opt.errors import BadInput
-from ipgo_opt.models import load_pipeline, make_sampler
+from ipgo_opt.reopened import reopened
 from ipgo_opt.spaces.tokens import TokenSpace
-from ipgo_opt.store import read_history, read_run, read_tensors
+from ipgo_opt.store import read_history, read_tensors
 from ipgo_opt.strategies import STRATEGIES
 
 
@@ -37,18 +35,10 @@ def read_tokens(folder: str | Path, *, words: int = 512, nearest: int = 5) -> di
         if value < 1:
             raise BadInput(f"`{name} >= 1` must hold, but got {name}={value}.")
     home = Path(folder)
-    run = read_run(home)
-    if run["status"] != "finished" or "config" not in run:
-        raise BadInput(
-            f"only a finished run of one prompt, or of shared tokens, can be read, but {str(folder)!r} is none."
-        )
-    config = RunConfig(**run["config"])
-    file = load_conditioning(home)
+    config, file, sampler = reopened(home)
     tokens = file.tokens
-    source = check(config)
-    device, dtype = check_device(config.device, config.dtype)
-    pipeline = load_pipeline(source, device, dtype, config.memory_levers())
-    sampler = make_sampler(pipeline, config.sampler_settings, scheduler=config.scheduler, chunk=config.chunk)
+    if config.space != "tokens":
+        raise BadInput(f"only runs of the space tokens can be read, but {str(folder)!r} is of {config.space!r}.")
     vocabulary, states = sampler.vocabulary(words), sampler.word_states(words)
     space = TokenSpace.made(config, sampler)
     space.load_state_dict(read_tensors(home / "space.safetensors")[0])

@@ -7,11 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ipgo_opt.artefact import load_conditioning, versions
-from ipgo_opt.config import RunConfig, check, check_device
+from ipgo_opt.artefact import versions
 from ipgo_opt.errors import BadInput
-from ipgo_opt.models import load_pipeline, make_sampler
-from ipgo_opt.store import read_run
+from ipgo_opt.reopened import reopened
 
 
 def verify(folder: str | Path) -> dict[str, Any]:
@@ -25,23 +23,13 @@ def verify(folder: str | Path) -> dict[str, Any]:
     from PIL import Image
 
     home = Path(folder)
-    run = read_run(home)
-    if run["status"] != "finished" or "config" not in run:
-        raise BadInput(
-            f"only a finished run of one prompt, or of shared tokens, can be verified, but {str(folder)!r} is none."
-        )
-    config = RunConfig(**run["config"])
-    file = load_conditioning(home)
-    source = check(config)
-    device, dtype = check_device(config.device, config.dtype)
-    pipeline = load_pipeline(source, device, dtype, config.memory_levers())
-    make_sampler(pipeline, config.sampler_settings, scheduler=config.scheduler, chunk=1)  # sets the scheduler
+    _, file, sampler = reopened(home)
     try:
         with Image.open(home / "best.png") as image:
             kept = np.asarray(image.convert("RGB")).astype(int)
     except OSError as error:
         raise BadInput(f"{str(home / 'best.png')!r} can't be read: {error}.") from None
-    made = np.asarray(file.image(pipeline)).astype(int)
+    made = np.asarray(file.image(sampler.pipeline)).astype(int)
     same_size = made.shape == kept.shape
     gap = np.abs(made - kept).max(-1) if same_size else np.full(kept.shape[:2], 255)
     return {

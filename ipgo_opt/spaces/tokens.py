@@ -283,10 +283,11 @@ class TokenSpace(Space):
         return {name: self.sides[name].V(*part) for name, part in self._split(x, full).items()}
 
     def angles(self, x: Tensor, *, full: bool) -> dict[str, Tensor]:
-        """θ1 and θ2 (q, 2, 1 or M) of vectors x (q, D), by side."""
+        """θ1 and θ2 (q, 2, 1 or M) of vectors x (q, D), by side; nothing without rotation."""
         return {
             name: coefficients[:, -2 * self.sides[name].angles :].view(len(x), 2, -1)
             for name, (_, coefficients) in self._split(x, full).items()
+            if self.shape.rotation
         }
 
     def apply(self, x: Tensor, conditioning: Conditioning, *, full: bool) -> tuple[Conditioning, Tensor]:
