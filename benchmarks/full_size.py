@@ -292,6 +292,11 @@ def main() -> None:
     )
     args.out.mkdir(parents=True, exist_ok=True)
     shown = f"python -m benchmarks.full_size {'--quick' if args.quick else f'--model {model}'} --device {args.device}"
+    size = SIZES[model]
+    changed = (("side", side, size.side), ("steps", steps, size.steps), ("repeats", args.repeats, 3))
+    shown += "".join(f" --{name} {value}" for name, value, usual in changed if value != usual)
+    if args.ways != list(WAYS):
+        shown += f" --ways {' '.join(args.ways)}"
     stem = f"{model}-{args.device.partition(':')[0]}"
     (args.out / f"{stem}.json").write_text(json.dumps({"device": name, "about": about, "rows": rows}, indent=1) + "\n")
     text = table(rows, shown, name, about)

@@ -26,6 +26,9 @@ BUDGET = 1000
 IMAGES_APART = 40
 """Training images between two validations."""
 LEARNING_RATE = 5e-3
+DRAFT_RATES = (1e-2, 1e-3)
+"""For single prompts, and slower: the first leaves the prompts within the first validation."""
+
 TOLERANCE = 0.05
 """Share by which `clip` may fall on the validation prompts."""
 STRIP = (0, 7, 14, 21, 28, 35)
@@ -44,7 +47,8 @@ def rows() -> dict[str, dict[str, Any]]:
     }
     if "lora" in SPACES:
         own = METHODS["draft-1"].settings if "draft-1" in METHODS else {"space": "lora", "strategy": "gradient"}
-        found["DRaFT-1, batch 4"] = {"prompt_batch": 4, **own}
+        for rate in DRAFT_RATES:
+            found[f"DRaFT-1, lr {rate:g}"] = {"prompt_batch": 4, **own, "learning_rate": rate}
     return found
 
 

@@ -23,6 +23,7 @@ from ipgo_opt.loop import finite
 from ipgo_opt.objective import Evaluation, Objective, Request
 from ipgo_opt.rewards.base import shown
 from ipgo_opt.run import Parts, assemble
+from ipgo_opt.spaces import SPACES
 from ipgo_opt.spaces.tokens import inserted
 from ipgo_opt.store import read_run, read_tensors, slug, to_pil, write_whole
 from ipgo_opt.strategies import STRATEGIES
@@ -145,8 +146,10 @@ def _config(
     asked: dict[str, Any] = {"judge": judge or "none", "reward": reward or Nothing.spec, "strategy": "random"}
     if source.is_dir():
         own = RunConfig(**read_run(source)["config"])
+        if SPACES.load(own.space).one_prompt:
+            raise BadInput(f"what a run on the space {own.space!r} found is for its own prompt, {own.prompt!r}.")
         config = dataclasses.replace(own, prompt=prompt, model=model or own.model, basis="random", **asked)
-        check(config)
+        check(dataclasses.replace(config, space="tokens"))  # nothing is searched, so that any reward will do
         return config
     about = file.metadata
     try:

@@ -151,3 +151,16 @@ def test_show_prints(finished, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert shown["tokens"][0]["nearest"][0]["word"] in text
     assert f"conformity penalty {shown['conformity']:.4f}" in text
+
+
+def test_adapter_weights_on_new_prompts(tiny_folder, tmp_path):
+    """What a run on another space found is applied as it is, with any reward; words are for their own prompt."""
+    given = tiny.RUN | {"model": str(tiny_folder), "reward": tiny.Redness(), "held_out": 0}
+    found = optimize("a fox", space="lora", rank=2, budget=5, out=tmp_path / "lora", **given)
+    assert found.reward > found.raw_reward
+    made = apply(tmp_path / "lora", ["a cat"], seeds=[0], reward="jpeg-compressibility", out=tmp_path / "applied")
+    raw, changed = ((tmp_path / "applied" / entry["file"]).read_bytes() for entry in made["images"])
+    assert raw != changed
+    optimize("a fox", space="hard-tokens", budget=5, out=tmp_path / "words", **given)
+    with pytest.raises(BadInput, match="its own prompt"):
+        apply(tmp_path / "words", ["a cat"], seeds=[0])
