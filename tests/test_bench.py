@@ -23,7 +23,6 @@ from ipgo_opt.bench.published import GROUPS, METHODS, TABLE, published
 from ipgo_opt.bench.runner import examine, run_all
 from ipgo_opt.bench.suites import ABLATIONS, ablation, groups, table1
 from ipgo_opt.bench.tables import ablation_grid, cell_score, latex, markdown, page, table1_grids, versus
-from ipgo_opt.methods import METHODS as NAMED
 
 SETTINGS: dict[str, Any] = {
     **{name: value for name, value in tiny.RUN.items() if name != "seed_share"}, "judge": "none", "budget": 5,
@@ -242,9 +241,6 @@ def test_a_run_that_fails_leaves_the_others(tiny_folder, tmp_path):
 def test_variants_of_an_ablation_differ_in_what_they_say(what, tiny_folder, tmp_path):
     """Every label is another configuration, and the reference is among them."""
     reference, variants = ABLATIONS[what]
-    missing = {own["space"] for own in variants.values() if "space" in own} - set(NAMED)
-    if missing:
-        pytest.skip(f"needs the space {missing.pop()}")
     big = SETTINGS | {"budget": 40, "num_inference_steps": 6}
     small = {"basis_size": 1} if what == "lengths" else {}
     part = ablation(
@@ -257,7 +253,7 @@ def test_variants_of_an_ablation_differ_in_what_they_say(what, tiny_folder, tmp_
 
 def test_an_ablation_compares_with_its_reference(tiny_folder, tmp_path, redness):
     part = ablation(
-        "rotation" if "embedding" in NAMED else "constraints", ["a fox", "a cat"], folder=tmp_path, reward=redness,
+        "rotation", ["a fox", "a cat"], folder=tmp_path, reward=redness,
         model=str(tiny_folder), **SETTINGS,
     )  # fmt: skip
     entries, failures = run_all([part])

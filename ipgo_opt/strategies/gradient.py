@@ -47,6 +47,18 @@ class GradientOptions:
             raise BadInput(f"optimizer must be one of {', '.join(OPTIMIZERS)}, but got {self.optimizer!r}.")
 
 
+def moments(optimizer: torch.optim.Optimizer, x: Tensor) -> dict[str, Tensor]:
+    """What an optimizer keeps of x between two steps."""
+    return {key: value.clone() for key, value in optimizer.state.get(x, {}).items()}
+
+
+def restore(optimizer: torch.optim.Optimizer, x: Tensor, kept: dict[str, Tensor]) -> None:
+    """Restores what `moments` gave."""
+    optimizer.state.clear()
+    if kept:
+        optimizer.state[x] = {key: value.clone() for key, value in kept.items()}
+
+
 class Gradient:
     """Ascent from the start point; with a batch, every row climbs on its own.
 
@@ -89,13 +101,10 @@ class Gradient:
 
     def state_dict(self) -> dict[str, Any]:
         """Points, update count and the optimizer's moments."""
-        moments = {key: value.clone() for key, value in self.optimizer.state.get(self.x, {}).items()}
-        return {"x": self.x.clone(), "updates": self.updates, "moments": moments}
+        return {"x": self.x.clone(), "updates": self.updates, "moments": moments(self.optimizer, self.x)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict`."""
         self.x.copy_(state["x"])
         self.updates = state["updates"]
-        self.optimizer.state.clear()
-        if state["moments"]:
-            self.optimizer.state[self.x] = {key: value.clone() for key, value in state["moments"].items()}
+        restore(self.optimizer, self.x, state["moments"])

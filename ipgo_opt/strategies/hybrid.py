@@ -16,6 +16,7 @@ from torch import Tensor
 from ipgo_opt.errors import BadInput
 from ipgo_opt.strategies.base import Problem, check_tell
 from ipgo_opt.strategies.evolution import Evolution, EvolutionOptions
+from ipgo_opt.strategies.gradient import moments, restore
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,8 @@ class Hybrid:
 
     def state_dict(self) -> dict[str, Any]:
         """Log-coefficients, update count, RMSprop's averages and the second part's state."""
-        moments = {key: value.clone() for key, value in self.optimizer.state.get(self.x, {}).items()}
         return {
-            "x": self.x.clone(), "updates": self.updates, "moments": moments,
+            "x": self.x.clone(), "updates": self.updates, "moments": moments(self.optimizer, self.x),
             "second": None if self.second is None else self.second.state_dict(),
         }  # fmt: skip
 
@@ -131,9 +131,7 @@ class Hybrid:
         """Restores `state_dict`."""
         self.x.copy_(state["x"])
         self.updates = state["updates"]
-        self.optimizer.state.clear()
-        if state["moments"]:
-            self.optimizer.state[self.x] = {key: value.clone() for key, value in state["moments"].items()}
+        restore(self.optimizer, self.x, state["moments"])
         self.second, self.uses_gradient = None, True
         self._turn()
         if self.second is not None:
