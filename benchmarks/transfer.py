@@ -36,20 +36,16 @@ STRIP = (0, 7, 14, 21, 28, 35)
 
 
 def rows() -> dict[str, dict[str, Any]]:
-    """What is compared: settings by name; DRaFT-1 as soon as there is a space for it."""
+    """What is compared: settings by name."""
     from ipgo_opt.methods import METHODS
-    from ipgo_opt.spaces import SPACES
 
     found: dict[str, dict[str, Any]] = {
         "IPGO, batch 4": {"prompt_batch": 4, "learning_rate": LEARNING_RATE},
         "IPGO, batch 10": {"prompt_batch": 10, "learning_rate": LEARNING_RATE},
         "IPGO+, batch 4": {"prompt_batch": 4, "learning_rate": LEARNING_RATE, "attend": True},
     }
-    if "lora" in SPACES:
-        own = METHODS["draft-1"].settings if "draft-1" in METHODS else {"space": "lora", "strategy": "gradient"}
-        for rate in DRAFT_RATES:
-            found[f"DRaFT-1, lr {rate:g}"] = {"prompt_batch": 4, **own, "learning_rate": rate}
-    return found
+    own = METHODS["draft-1"].settings
+    return found | {f"DRaFT-1, lr {rate:g}": {"prompt_batch": 4, **own, "learning_rate": rate} for rate in DRAFT_RATES}
 
 
 def learn(folder: Path, settings: dict[str, Any], budget: int) -> None:
