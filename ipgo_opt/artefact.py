@@ -56,6 +56,7 @@ def fingerprint(sampler: Sampler) -> Tensor:
 def write_conditioning(search: Search, sampler: Sampler, space: Any, *, full: bool) -> None:
     """best.safetensors and, made from it alone, best.png; of adapter weights also adapter/, as peft saves them."""
     config, (prompt, seed) = search.config, search.shown()
+    raw = (config.prompt, config.negative_prompt)
     conditioning, learned = sampler.encode(prompt), {}
     if search.best_x is not None:
         if space.needs_noise:
@@ -69,7 +70,7 @@ def write_conditioning(search: Search, sampler: Sampler, space: Any, *, full: bo
         "format": FORMAT,
         "prompt": prompt,
         "negative_prompt": config.negative_prompt,
-        **{f"optimized_{name}": text for name, text in readable(space, config, search.best_x, full=full).items()},
+        **{f"optimized_{name}": text for name, text in readable(space, raw, search.best_x, full=full).items()},
         "length": conditioning.prompt_embeds.shape[1],
         "attend": int(config.attend and config.space == "tokens"),
         "model": config.model,

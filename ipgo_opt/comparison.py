@@ -201,17 +201,23 @@ def measure(cell: Cell, loaded: dict[Any, Any]) -> dict[str, Any]:
     """Runs, continues or reads one cell."""
     measured, fresh = cell.folder / "cost.json", True
     _peak_memory(reset=True)
-    if (cell.folder / "run.json").exists():
-        found = read_run(cell.folder)
-        if found.get("config") != _json(cell.config):
-            raise BadInput(f"{str(cell.folder)!r} holds a run with other settings; choose another output directory.")
-        fresh = found["status"] != "finished"
+    if check_settings(cell):
+        fresh = read_run(cell.folder)["status"] != "finished"
         result = resume(cell.folder, reporter=Silence(), loaded=loaded)
     else:
         result = optimize(cell.prompt, out=cell.folder, loaded=loaded, **given(cell.config))
     if fresh or not measured.exists():
         write_whole(measured, json.dumps({"peak_memory_mib": _peak_memory() if fresh else None}).encode())
     return entry(cell, result) | json.loads(measured.read_text())
+
+
+def check_settings(cell: Cell) -> bool:
+    """Whether there is a run in a cell's folder; BadInput if it is one with other settings."""
+    if not (cell.folder / "run.json").exists():
+        return False
+    if read_run(cell.folder).get("config") != _json(cell.config):
+        raise BadInput(f"{str(cell.folder)!r} holds a run with other settings; choose another output directory.")
+    return True
 
 
 def given(config: RunConfig) -> dict[str, Any]:

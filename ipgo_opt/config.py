@@ -494,16 +494,7 @@ def configure_each(prompts: Sequence[str], **given: Any) -> list[RunConfig]:
     """`configure` for prompts that are optimized on their own with the same settings."""
     if not prompts:
         raise BadInput("at least one prompt is needed.")
-    configs = [configure(prompt, **given) for prompt in prompts]
-    if len(configs) > 1:
-        check_several(configs[0].space)
-    return configs
-
-
-def check_several(space: str) -> None:
-    """Raises BadInput for a space that is made for one prompt."""
-    if SPACES.load(space).one_prompt:
-        raise BadInput(f"the space {space!r} is made for one prompt; run several one after the other.")
+    return [configure(prompt, **given) for prompt in prompts]
 
 
 def _split(given: dict[str, Any]) -> dict[str, Any]:
@@ -642,7 +633,8 @@ def check_shared(config: RunConfig) -> None:
         raise BadInput("the space of seeds has nothing that prompts could share.")
     if config.strategy == "policy":
         raise BadInput("a policy is searched for one prompt, not shared by several.")
-    check_several(config.space)
+    if SPACES.load(config.space).one_prompt:
+        raise BadInput(f"the space {config.space!r} is made for one prompt, so that several can't share what it finds.")
     if config.search_seeds != 1 or config.seed_share:
         raise BadInput(
             f"shared tokens see each prompt on a seed of its own (search_seeds 1, seed_share 0), but got "

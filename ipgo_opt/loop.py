@@ -73,6 +73,7 @@ class Search(ABC):
         images, denoiser_calls: what the search has cost.
         failed: why it was given up, or None.
         held_out, judged: the verdict (verdict.py), once it was given.
+        space: what it searches, where that is made for its prompt alone; None is what the objective has.
 
     """
 
@@ -93,6 +94,7 @@ class Search(ABC):
         self.failed: RunFailed | None = None
         self.held_out: dict[str, Any] | None = None
         self.judged: dict[str, Any] | None = None
+        self.space: Any = None
         self.started = time.monotonic()
 
     @abstractmethod
@@ -169,15 +171,13 @@ class Search(ABC):
         state = {name: getattr(self, name) for name in self.KEPT}
         return state | {
             "lines": len(self.history), "seconds": self.elapsed, "strategy": self.strategy.state_dict(),
-            "failed": None if self.failed is None else str(self.failed),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores `state_dict` and cuts the history back to it."""
+        """Restores `state_dict` and cuts the history back to it. A search that was given up is tried again."""
         self.history = self.store.cut_history(state["lines"])
         for name in self.KEPT:
             setattr(self, name, state.get(name, getattr(self, name)))  # earlier versions kept less
-        self.failed = RunFailed(state["failed"]) if state.get("failed") else None
         self.strategy.load_state_dict(state["strategy"])
 
 
@@ -225,7 +225,8 @@ class Loop(Search):
         tried, most, prompts = len(self.raw_scores), self.config.tried_seeds, (self.config.prompt,)
         if tried < most:
             last = min(most, tried + max(self.config.search_seeds, self.room))
-            return Request(None, prompts, (tuple(self.config.seed + k for k in range(tried, last)),))
+            seeds = tuple(self.config.seed + k for k in range(tried, last))
+            return Request(None, prompts, (seeds,), space=self.space)
         if self.evaluation > self.steps or 0 < self.config.patience <= self.stale:
             return None
         try:
@@ -233,7 +234,8 @@ class Loop(Search):
         except Exhausted as end:
             self.reporter.warned(f"{end} The search ends after {len(self.history)} of {self.config.budget} images.")
             return None
-        return Request(x, prompts, (tuple(self.seeds),), self.strategy.uses_gradient, update=self.evaluation - 1)
+        slope, update = self.strategy.uses_gradient, self.evaluation - 1
+        return Request(x, prompts, (tuple(self.seeds),), slope, update=update, space=self.space)
 
     def receive(self, request: Request, made: Evaluation) -> None:
         """Keeps the best and writes the history."""
@@ -300,16 +302,27 @@ def drive(searches: Sequence[Search], objective: Objective, save: Callable[[], N
         lenient: whether a search that fails is left out from then on, instead of ending all.
 
     """
+
+    def dropped(search: Search, failed: RunFailed) -> None:
+        if not lenient:
+            raise failed
+        search.failed = failed
+
     while True:
-        wishes = [(search, search.next()) for search in searches if search.failed is None]
-        asked = [(search, request) for search, request in wishes if request is not None]
+        asked: list[tuple[Search, Request]] = []
+        for search in searches:
+            try:
+                request = search.next() if search.failed is None else None
+            except RunFailed as failed:
+                dropped(search, failed)
+                continue
+            if request is not None:
+                asked.append((search, request))
         if not asked:
             return
         for (search, request), made in zip(asked, objective([request for _, request in asked]), strict=True):
             try:
                 search.receive(request, made)
             except RunFailed as failed:
-                if not lenient:
-                    raise
-                search.failed = failed
+                dropped(search, failed)
         save()

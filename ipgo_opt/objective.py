@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import groupby, product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ipgo_opt.conditioning import Conditioning
 from ipgo_opt.config import RunConfig
+from ipgo_opt.models.raw_images import RawImages
 from ipgo_opt.models.renoised import renoised
 from ipgo_opt.models.shortcut import shortcut_step
 from ipgo_opt.rewards.base import Reward, WeightedSum
@@ -36,6 +37,7 @@ class Request:
         gradient: whether the slope of the value is asked for.
         images: whether the images are to be kept.
         update: number of the solver's update, from 0.
+        space: the space that x belongs to, where it is made for one prompt; None is the objective's.
 
     """
 
@@ -45,6 +47,7 @@ class Request:
     gradient: bool = False
     images: bool = True
     update: int = 0
+    space: Any = None
 
     @property
     def q(self) -> int:
@@ -134,22 +137,22 @@ class Objective:
         judge: a second opinion, or None.
         space: turns points into conditionings.
         full: which view of the space the points belong to.
+        kept: raw images of this model that need not be made again.
 
     """
 
     def __init__(
-        self, config: RunConfig, sampler: Sampler, reward: WeightedSum, judge: Reward | None, space: Any, full: bool
-    ) -> None:
+        self, config: RunConfig, sampler: Sampler, reward: WeightedSum, judge: Reward | None, space: Any, full: bool,
+        kept: RawImages | None = None,
+    ) -> None:  # fmt: skip
         self.config, self.sampler, self.reward, self.judge = config, sampler, reward, judge
-        self.space, self.full = space, full
+        self.space, self.full, self.kept = space, full, RawImages(0) if kept is None else kept
         self.gamma = config.gamma if "conformity" in config.kept_constraints() else 0.0
         self.encoded = functools.lru_cache(MOST_ENCODED)(sampler.encode)
 
-    def applied(self, x: Tensor | None, conditioning: Conditioning) -> tuple[Conditioning, Tensor]:
-        """Conditioning and penalty of points x (q, D) on B prompts (see Space.apply); None is the raw prompts."""
-        if x is None:
-            return conditioning, torch.zeros(len(conditioning))
-        applied: tuple[Conditioning, Tensor] = self.space.apply(x, conditioning, full=self.full)
+    def applied(self, x: Tensor, conditioning: Conditioning, space: Any = None) -> tuple[Conditioning, Tensor]:
+        """Conditioning and penalty of points x (q, D) on B prompts (see Space.apply)."""
+        applied: tuple[Conditioning, Tensor] = (space or self.space).apply(x, conditioning, full=self.full)
         return applied
 
     def __call__(self, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[Evaluation]:
@@ -170,8 +173,9 @@ class Objective:
         """What is noted of each candidate of a request."""
         if self.config.estimates and request.gradient:
             return [{"estimate": True}] * request.q
+        space, raw = request.space or self.space, (request.prompts[0], self.config.negative_prompt)
         points = [None] if request.x is None else list(request.x)
-        return [readable(self.space, self.config, x, full=self.full) for x in points]
+        return [readable(space, raw, x, full=self.full) for x in points]
 
     def _batches(self, requests: Sequence[Request]) -> list[list[_Block]]:
         """Blocks that can share a pipeline call: the same numbers of prompts and seeds, the same shapes."""
@@ -197,34 +201,39 @@ class Objective:
 
     def _evaluate(self, batch: list[_Block], requests: Sequence[Request], sheets: list[_Sheet]) -> int:
         """One pipeline call, scored and entered; returns its number of images."""
-        gradient, b, S = requests[batch[0].request].gradient, len(batch[0].prompts), len(batch[0].seeds)
+        first, b, S = requests[batch[0].request], len(batch[0].prompts), len(batch[0].seeds)
+        gradient = first.gradient
         texts = [requests[block.request].prompts[p] for block in batch for p in block.prompts]
         seeds = [requests[block.request].seeds[p][s] for block in batch for p in block.prompts for s in block.seeds]
         prompts = [text for text in texts for _ in range(S)]
-        points = [(requests[block.request].x, block.candidate) for block in batch]
-        found = [x[candidate] for x, candidate in points if x is not None]
-        x = torch.stack(found).requires_grad_(gradient) if found else None
-        calls = self.sampler.denoiser_calls
+        leaves: list[Tensor] = []
         with torch.set_grad_enabled(gradient):
-            rows, penalty = self.applied(x, self._conditioning(texts, b if found else 0, seeds))
-            rows = rows.repeat(S)
-            shortcut = None
-            if gradient and self.config.estimates:
-                update = requests[batch[0].request].update
-                shortcut = shortcut_step(update, self.config.shortcut_start, self.config.num_inference_steps)
-            images = self.sampler.generate(rows, seeds, gradient=gradient, shortcut=shortcut)
+            if first.x is None:
+                images, calls = self.kept.images(self.sampler, prompts, seeds, self._encoded)
+                penalty = torch.zeros(len(texts))
+            else:
+                before = self.sampler.denoiser_calls
+                leaves, rows, penalty = self._changed(batch, requests)
+                rows = rows.repeat(S)
+                shortcut = None
+                if gradient and self.config.estimates:
+                    steps = self.config.num_inference_steps
+                    shortcut = shortcut_step(first.update, self.config.shortcut_start, steps)
+                images = self.sampler.generate(rows, seeds, gradient=gradient, shortcut=shortcut)
             parts = self.reward.parts(images, prompts)
             scores = climbed = self.reward.total(parts).view(-1, b, S)
             penalty = penalty.to(scores).view(-1, b)
             if gradient and self.config.lv_samples:
-                copies = self._lower_variance(rows, seeds, prompts, requests[batch[0].request].update)
+                copies = self._lower_variance(rows, seeds, prompts, first.update)
                 climbed = (scores + copies.view_as(scores)) / (1 + self.config.lv_samples)
             value = (climbed - self.gamma * penalty[..., None]).sum((1, 2))
-        slope = None
-        if gradient and x is not None:
+        slopes: list[Tensor] = []
+        if gradient:
             of_mean = torch.tensor([1 / sheets[block.request].scores[0].numel() for block in batch]).to(value)
-            (slope,) = torch.autograd.grad(value, x, of_mean)
-        images, calls = images.detach(), self.sampler.denoiser_calls - calls
+            slopes = [slope for of_leaf in torch.autograd.grad(value, leaves, of_mean) for slope in of_leaf]
+        images = images.detach()
+        if first.x is not None:
+            calls = self.sampler.denoiser_calls - before
         with torch.no_grad():
             judged = None if self.judge is None else _cpu(self.judge(images, prompts)).view(-1, b, S)
         scores, penalty = _cpu(scores), _cpu(penalty)
@@ -238,23 +247,44 @@ class Objective:
                 sheet.parts[name][at] = part[i]
             if sheet.judge is not None and judged is not None:
                 sheet.judge[at] = judged[i]
-            if sheet.gradient is not None and slope is not None:
-                sheet.gradient[k] += slope[i]
+            if sheet.gradient is not None:
+                sheet.gradient[k] += slopes[i]
             if sheet.request.images:
                 sheet.images |= {(k, *where): images[i * b * S + n] for n, where in enumerate(product(p, s))}
             sheet.calls += calls // len(batch)
         return len(images)
 
-    def _conditioning(self, texts: Sequence[str], each: int, seeds: Sequence[int]) -> Conditioning:
+    def _changed(self, batch: list[_Block], requests: Sequence[Request]) -> tuple[list[Tensor], Conditioning, Tensor]:
+        """Points as leaves, one (q, D) for each space, and what becomes of their prompts: rows and penalties."""
+        leaves, rows, penalties = [], [], []
+        for _, group in groupby(batch, lambda block: id(requests[block.request].space)):
+            blocks = list(group)
+            request = requests[blocks[0].request]
+            points = [requests[block.request].x[block.candidate] for block in blocks]  # type: ignore[index]
+            leaves.append(torch.stack(points).requires_grad_(request.gradient))
+            changed, penalty = self.applied(
+                leaves[-1], self._conditioning(blocks, requests, request.space), request.space
+            )
+            rows.append(changed)
+            penalties.append(penalty)
+        return leaves, rows[0] if len(rows) == 1 else Conditioning.stack(rows), torch.cat(penalties)
+
+    def _conditioning(self, blocks: Sequence[_Block], requests: Sequence[Request], space: Any) -> Conditioning:
         """The prompts encoded, a row for each; one row for all candidates if each has one prompt, the same."""
-        noisy = each > 0 and self.space.needs_noise
-        if each == 1 and len(set(texts)) == 1 and not noisy:
+        noisy = (space or self.space).needs_noise
+        texts = [requests[block.request].prompts[p] for block in blocks for p in block.prompts]
+        if len(blocks[0].prompts) == 1 and len(set(texts)) == 1 and not noisy:
             return self.encoded(texts[0])
-        rows = Conditioning.stack([self.encoded(text) for text in texts])
+        rows = self._encoded(texts)
         if not noisy:
             return rows
+        seeds = [requests[block.request].seeds[p][s] for block in blocks for p in block.prompts for s in block.seeds]
         noise = self.sampler.noise(seeds)
         return replace(rows, noise=noise.view(len(texts), -1, *noise.shape[1:]))
+
+    def _encoded(self, texts: Sequence[str]) -> Conditioning:
+        """The prompts encoded, a row for each."""
+        return Conditioning.stack([self.encoded(text) for text in texts])
 
     def _lower_variance(self, rows: Conditioning, seeds: Sequence[int], prompts: Sequence[str], update: int) -> Tensor:
         """Sum of the rewards (B,) of `lv_samples` noisier copies of each image just made, denoised again."""
@@ -273,12 +303,12 @@ class Objective:
         return total
 
 
-def readable(space: Any, config: RunConfig, x: Tensor | None, *, full: bool) -> dict[str, str]:
-    """The texts that a point x (D,), or the raw prompt, stands for, by name, in a space that has texts."""
+def readable(space: Any, raw: tuple[str, str], x: Tensor | None, *, full: bool) -> dict[str, str]:
+    """The texts that a point x (D,) stands for, by name, in a space that has texts; None is the `raw` ones."""
     if not isinstance(space, Readable):
         return {}
     if x is None:
-        return {"prompt": config.prompt, "negative_prompt": config.negative_prompt}
+        return dict(zip(("prompt", "negative_prompt"), raw, strict=True))
     return space.readable(x, full=full)
 
 

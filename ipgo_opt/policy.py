@@ -60,7 +60,7 @@ class PolicyObjective(Objective):
         prompts = [text for text, seeds in zip(request.prompts, request.seeds, strict=True) for _ in seeds]
         seeds = [seed for own in request.seeds for seed in own]
         given = Conditioning.stack([self.encoded(text) for text in prompts])
-        rows, penalty = self.applied(request.x, given)
+        rows, penalty = self.applied(request.x, given, request.space)
         calls = self.sampler.denoiser_calls
         images, trajectories = sampled(self.sampler, rows, seeds)
         parts = self.reward.parts(images, prompts)
@@ -73,7 +73,7 @@ class PolicyObjective(Objective):
         penalty = penalty.float().cpu().mean()[None]
 
         def again(x: Tensor) -> Tensor:
-            return self._gradient(x, given, trajectories, advantage)
+            return self._gradient(x, given, trajectories, advantage, request.space)
 
         return Evaluation(
             images if request.images else None,
@@ -87,21 +87,25 @@ class PolicyObjective(Objective):
             again,
         )
 
-    def _gradient(self, x: Tensor, given: Conditioning, trajectories: list[Trajectory], advantage: Tensor) -> Tensor:
+    def _gradient(
+        self, x: Tensor, given: Conditioning, trajectories: list[Trajectory], advantage: Tensor, space: Any
+    ) -> Tensor:
         """Gradient (1, D), at a point x (1, D), of the clipped objective: its mean over images and steps."""
         start, slopes = 0, []
         for trajectory in trajectories:
             part = slice(start, start + len(trajectory.seeds))
             start = part.stop
             rows = given.map(lambda tensor, part=part: tensor[part])
-            slopes.append(self._of_trajectory(x, rows, trajectory, advantage[part]))
+            slopes.append(self._of_trajectory(x, rows, trajectory, advantage[part], space))
         return torch.stack(slopes).sum(0) / len(advantage)
 
-    def _of_trajectory(self, x: Tensor, given: Conditioning, trajectory: Trajectory, advantage: Tensor) -> Tensor:
+    def _of_trajectory(
+        self, x: Tensor, given: Conditioning, trajectory: Trajectory, advantage: Tensor, space: Any
+    ) -> Tensor:
         """The sum over the images of one pipeline call, (1, D)."""
         leaf = x.detach().clone().requires_grad_()
         with torch.enable_grad():
-            rows, penalty = self.applied(leaf, given)
+            rows, penalty = self.applied(leaf, given, space)
         total = torch.zeros_like(leaf)
         if penalty.requires_grad:
             total -= torch.autograd.grad(self.gamma * penalty.sum(), leaf, retain_graph=True)[0]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from ipgo_opt.config import CLIMBERS, RunConfig, check, check_device, configure,
 from ipgo_opt.errors import BadInput, RunFailed
 from ipgo_opt.loop import Loop, Reporter, Search, drive, finite
 from ipgo_opt.models import EMBEDDED, load_pipeline, make_sampler
+from ipgo_opt.models.raw_images import RawImages
 from ipgo_opt.objective import Objective, readable
 from ipgo_opt.policy import PolicyLoop, PolicyObjective
 from ipgo_opt.rewards import JUDGES
@@ -198,9 +200,11 @@ def optimize(
     parts = assemble(configs[0], custom, {} if loaded is None else loaded)
     many = prompts is not None and not shared
     with _opened(folder) as store:
-        store.write_json("run.json", _many_json(configs, "running") if many else _run_json(configs[0], "running"))
         if many:
-            return _execute_many(configs, store, reporter or Silence(), parts, temporary)
+            homes = _homes(folder, configs)
+            store.write_json("run.json", _many_json(configs, homes, folder, "running"))
+            return _execute_many(configs, homes, store, reporter or Silence(), parts, temporary)
+        store.write_json("run.json", _run_json(configs[0], "running"))
         return _execute(configs[0], store, reporter or Silence(), parts, temporary)
 
 
@@ -229,8 +233,8 @@ def resume(
         configs = [RunConfig(**config) for config in (run["configs"] if many else [run["config"]])]
     except (TypeError, KeyError) as error:
         raise BadInput(f"run.json in {str(folder)!r} has no usable configuration: {error}") from None
+    homes = [Path(folder) / home for home in run["folders"]] if many else [Path(folder)]
     if run["status"] == "finished":
-        homes = _homes(Path(folder), configs) if many else [Path(folder)]
         results = [Result(read_run(home)["result"], read_history(home), home) for home in homes]
         return results if many else results[0]
     if configs[0].reward.startswith("object:") and reward is None:
@@ -241,8 +245,35 @@ def resume(
     with _opened(Path(folder)) as store:
         parts = assemble(configs[0], custom, {} if loaded is None else loaded)
         if many:
-            return _execute_many(configs, store, reporter or Silence(), parts)
+            return _execute_many(configs, homes, store, reporter or Silence(), parts)
         return _execute(configs[0], store, reporter or Silence(), parts)
+
+
+def optimize_side_by_side(
+    configs: Sequence[RunConfig],
+    homes: Sequence[Path],
+    folder: Path,
+    *,
+    reporter: Reporter | None = None,
+    loaded: dict[Any, Any] | None = None,
+) -> list[Result]:
+    """Runs of different prompts in one pass, each in a run directory of its own.
+
+    Args:
+        configs: complete configurations that differ in their prompts only.
+        homes: the run directory of each.
+        folder: keeps the state of all while they last; `resume` continues it.
+        reporter: is told what happens.
+        loaded: as in `optimize`.
+
+    Returns:
+        Their results; RunFailed once the others are finished if some could not go on.
+
+    """
+    parts = assemble(configs[0], None, {} if loaded is None else loaded)
+    with _opened(folder) as store:
+        store.write_json("run.json", _many_json(configs, homes, folder, "running"))
+        return _execute_many(configs, homes, store, reporter or Silence(), parts)
 
 
 def _run_json(config: RunConfig, status: str, result: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -252,11 +283,11 @@ def _run_json(config: RunConfig, status: str, result: dict[str, Any] | None = No
     }  # fmt: skip
 
 
-def _many_json(configs: Sequence[RunConfig], status: str) -> dict[str, Any]:
+def _many_json(configs: Sequence[RunConfig], homes: Sequence[Path], folder: Path, status: str) -> dict[str, Any]:
     return {
         "format": FORMAT, "ipgo_opt": __version__, "status": status,
         "configs": [dataclasses.asdict(config) for config in configs], "versions": versions(),
-        "folders": [home.name for home in _homes(Path(), configs)],
+        "folders": [os.path.relpath(home, folder) for home in homes],
     }  # fmt: skip
 
 
@@ -275,28 +306,22 @@ def _opened(folder: Path) -> Iterator[Store]:
 
 
 class Parts(NamedTuple):
-    """What a run is made of: the solver's class, what scores, what paints, what is searched."""
+    """What a run is made of: the solver's class, what scores, what paints, what is searched, what else is loaded."""
 
     strategy: Any
     reward: WeightedSum
     judge: Reward | None
     sampler: Sampler
     space: Any
+    loaded: dict[Any, Any]
 
 
 def assemble(config: RunConfig, custom: Reward | None, loaded: dict[Any, Any]) -> Parts:
     """Loads everything that a run is made of and that `loaded` has not yet; writes nothing."""
-
-    def once(make: Callable[..., Any], *made_of: Any) -> Any:
-        key = (make, *made_of)
-        if key not in loaded:
-            loaded[key] = make(*made_of)
-        return loaded[key]
-
     strategy_class = STRATEGIES.load(config.strategy)
     device, dtype = check_device(config.device, config.dtype)
     reward = (
-        once(_reward, config.reward, device, config.model in EMBEDDED)
+        _once(loaded, _reward, config.reward, device, config.model in EMBEDDED)
         if custom is None
         else WeightedSum([Term(1, config.reward)], [custom])
     )
@@ -304,15 +329,31 @@ def assemble(config: RunConfig, custom: Reward | None, loaded: dict[Any, Any]) -
         raise BadInput(
             f"strategy {config.strategy!r} needs a differentiable reward, but {shown(config.reward)} is not."
         )
-    judge = None if config.judge == "none" else once(_judge, config.judge, device, config.model in EMBEDDED)
-    pipeline = once(load_pipeline, config.model_source(), device, dtype, config.memory_levers())
+    judge = None if config.judge == "none" else _once(loaded, _judge, config.judge, device, config.model in EMBEDDED)
+    pipeline = _once(loaded, load_pipeline, config.model_source(), device, dtype, config.memory_levers())
     sampler = make_sampler(pipeline, config.sampler_settings, scheduler=config.scheduler, chunk=config.chunk)
-    space = SPACES.load(config.space).made(config, sampler)
+    space = _space(config, sampler, loaded)
     if config.task == "attack":
         reward = reward.negated()
-        embed = once(_similarity, config.similarity, device, config.model in EMBEDDED)
+    return Parts(strategy_class, reward, judge, sampler, space, loaded)
+
+
+def _once(loaded: dict[Any, Any], make: Callable[..., Any], *made_of: Any) -> Any:
+    """What `make` gives, made if `loaded` does not hold it yet."""
+    key = (make, *made_of)
+    if key not in loaded:
+        loaded[key] = make(*made_of)
+    return loaded[key]
+
+
+def _space(config: RunConfig, sampler: Sampler, loaded: dict[Any, Any]) -> Any:
+    """What is searched."""
+    space = SPACES.load(config.space).made(config, sampler)
+    if config.task == "attack":
+        device = check_device(config.device, config.dtype)[0]
+        embed = _once(loaded, _similarity, config.similarity, device, config.model in EMBEDDED)
         space.keep_similar(lambda texts: similarity(embed, texts, config.prompt), config.similarity_floor)
-    return Parts(strategy_class, reward, judge, sampler, space)
+    return space
 
 
 def _reward(spec: str, device: str, embedded: bool) -> WeightedSum:
@@ -390,20 +431,23 @@ def _execute(
 
 def _execute_many(
     configs: Sequence[RunConfig],
+    homes: Sequence[Path],
     store: Store,
     reporter: Reporter,
     parts: Parts,
     temporary: tempfile.TemporaryDirectory[str] | None = None,
 ) -> list[Result]:
     """All runs in one pass; while they last, one checkpoint holds the state of all."""
-    homes = _homes(store.folder, configs)
     with ExitStack() as stack:
         stores = [stack.enter_context(_opened(home)) for home in homes]
         room = configs[0].chunk // len(configs)
         searches = []
         for config, own in zip(configs, stores, strict=True):
-            _fix_space(parts.space, own)  # the same for all: they share its seed
-            searches.append(_search(config, own, reporter, parts, room))
+            space = _space(config, parts.sampler, parts.loaded) if parts.space.one_prompt else None
+            mine = parts if space is None else parts._replace(space=space)
+            _fix_space(mine.space, own)  # without a space of their own it is the same for all: they share its seed
+            searches.append(_search(config, own, reporter, mine, room))
+            searches[-1].space = space
         state = store.load_checkpoint()
         for n, search in enumerate(searches):
             if state is None:
@@ -421,17 +465,19 @@ def _execute_many(
 
         _run(searches, store, reporter, parts, save, lenient=True)
         results = []
-        for search in searches:
+        for search, home in zip(searches, homes, strict=True):
             search.store.save_checkpoint(search.state_dict())
-            if search.failed is None:
-                results.append(Result(_finish(search, parts), search.history, search.store.folder, temporary))
+            if search.failed is None:  # what was written before the pass was killed is not written again
+                known = read_run(home)
+                summary = known["result"] if known["status"] == "finished" else _finish(search, parts)
+                results.append(Result(summary, search.history, home, temporary))
     failed = [search for search in searches if search.failed is not None]
     if failed:
         raise RunFailed(
             f"{len(failed)} of {len(searches)} prompts failed, the first, {failed[0].config.prompt!r}, with: "
             f"{failed[0].failed}"
         )
-    store.write_json("run.json", _many_json(configs, "finished"))
+    store.write_json("run.json", _many_json(configs, homes, store.folder, "finished"))
     for result in results:
         reporter.finished(result.summary)
     return results
@@ -449,7 +495,8 @@ def _run(
     """Search, and the verdict on it; what each search found is left in it."""
     full = parts.strategy.uses_gradient
     made = PolicyObjective if searches[0].config.strategy == "policy" else Objective
-    objective = made(searches[0].config, parts.sampler, parts.reward, parts.judge, parts.space, full)
+    kept = parts.loaded.get(RawImages)
+    objective = made(searches[0].config, parts.sampler, parts.reward, parts.judge, parts.space, full, kept)
     try:
         drive(searches, objective, save, lenient=lenient)
         for search in searches:
@@ -475,7 +522,8 @@ def _finish(search: Search, parts: Parts) -> dict[str, Any]:
     """Summary, artefact, report and run.json of a search that is over."""
     from ipgo_opt.report import report_html
 
-    config, store = search.config, search.store
+    config, store, full = search.config, search.store, parts.strategy.uses_gradient
+    space, raw = search.space or parts.space, (config.prompt, config.negative_prompt)
     summary = {
         "prompt": config.prompt,
         "model": config.model,
@@ -492,11 +540,11 @@ def _finish(search: Search, parts: Parts) -> dict[str, Any]:
         "search_reward": search.best,
         "held_out": search.held_out,
         "judge": search.judged,
-        "optimized": readable(parts.space, config, search.best_x, full=parts.strategy.uses_gradient) or None,
+        "optimized": readable(space, raw, search.best_x, full=full) or None,
         "failed": sum(record["reward"] is None for record in search.history),
         "out": str(store.folder),
     }
-    write_conditioning(search, parts.sampler, parts.space, full=parts.strategy.uses_gradient)
+    write_conditioning(search, parts.sampler, space, full=full)
     done = _run_json(config, "finished", summary)
     store.write_text("report.html", report_html(done, search.history, store.folder))
     store.write_json("run.json", done)

@@ -18,7 +18,7 @@ def give_verdicts(searches: Sequence[Search], objective: Objective, reporter: Re
     for search in asked:
         prompts, seeds = search.fresh()
         best_x = None if search.best_x is None else search.best_x[None]
-        requests += [Request(x, prompts, seeds, images=False) for x in (None, best_x)]
+        requests += [Request(x, prompts, seeds, images=False, space=search.space) for x in (None, best_x)]
     done, total = 0, sum(len(seeds) for request in requests for seeds in request.seeds)
 
     def progress(images: int) -> None:
