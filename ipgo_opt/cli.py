@@ -141,7 +141,8 @@ def run(
     prompts: Annotated[
         str | None,
         typer.Option(
-            help="Many prompts instead: a text, CSV, JSON or JSONL file (FILE:COLUMN), or a set in the package."
+            help="Many prompts instead: a text, CSV, JSON or JSONL file (FILE:COLUMN), a set in the package, or "
+            "hub:OWNER/NAME@SPLIT[:ROWS]:COLUMN."
         ),
     ] = None,
     shared: Annotated[
@@ -252,7 +253,7 @@ bench = typer.Typer(
 app.add_typer(bench, name="bench")
 
 Prompts = Annotated[list[str] | None, typer.Option(
-    "--prompts", help="FILE, NAME=FILE or a shipped set such as animals; may be repeated. [default: the five categories]", show_default=False
+    "--prompts", help="FILE, NAME=FILE, hub:OWNER/NAME@SPLIT[:ROWS]:COLUMN or a shipped set such as animals; may be repeated. [default: the five categories]", show_default=False
 )]  # fmt: skip
 Limit = Annotated[int, typer.Option(help="Prompts of each file, from its beginning; 0 for all.")]
 Jobs = Annotated[int, typer.Option(help="Runs at the same time, each in a process of its own.")]
@@ -294,8 +295,12 @@ def table1(
 @bench.command()
 @_with_settings("space", "strategy")
 def ablate(
-    what: Annotated[str, typer.Argument(help="basis, lengths, rotation, constraints, truncation or seeds.")],
+    what: Annotated[
+        str,
+        typer.Argument(help="basis, lengths, rotation, constraints, truncation, seeds, norm or learning-rate."),
+    ],
     prompts: Prompts = None,
+    method: Annotated[str, typer.Option(help="Whose seeds or learning rate; the others are IPGO's.")] = "ipgo",
     repeats: Annotated[int, typer.Option(help="Runs per variant and prompt, on different seeds.")] = 1,
     limit: Limit = 0,
     jobs: Jobs = 1,
@@ -303,11 +308,12 @@ def ablate(
     out: Suite = None,
     **settings: Any,
 ) -> None:
-    """One of the paper's ablations of IPGO."""
+    """One of the paper's ablations of IPGO, or what a method owes to its seeds or step size."""
     from ipgo_opt.bench.suites import ABLATIONS, ablation, groups
     from ipgo_opt.bench.tables import ablation_grid
+    from ipgo_opt.methods import method_settings
 
-    given: dict[str, Any] = {"budget": 100, "reward": "clip"}
+    given: dict[str, Any] = {"budget": 100, "reward": "clip"} | method_settings(method)
     given |= {name: value for name, value in settings.items() if value is not None}
     folder = out or Path(f"runs/bench-{what}")
     every = [prompt for group in groups(prompts, limit).values() for prompt in group]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby, product
@@ -21,9 +20,6 @@ from ipgo_opt.spaces.base import Readable
 
 if TYPE_CHECKING:
     from ipgo_opt.models.sampler import Sampler
-
-MOST_ENCODED = 1024
-"""Encoded prompts that are kept."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +144,7 @@ class Objective:
         self.config, self.sampler, self.reward, self.judge = config, sampler, reward, judge
         self.space, self.full, self.kept = space, full, RawImages(0) if kept is None else kept
         self.gamma = config.gamma if "conformity" in config.kept_constraints() else 0.0
-        self.encoded = functools.lru_cache(MOST_ENCODED)(sampler.encode)
+        self.encoded = sampler.encode
 
     def applied(self, x: Tensor, conditioning: Conditioning, space: Any = None) -> tuple[Conditioning, Tensor]:
         """Conditioning and penalty of points x (q, D) on B prompts (see Space.apply)."""

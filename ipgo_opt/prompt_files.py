@@ -1,10 +1,12 @@
-"""Many prompts from a file: plain text, CSV, JSON, JSONL, or one of the sets that the package ships."""
+"""Many prompts: from a text, CSV, JSON or JSONL file, a hub data set, or one of the sets that the package ships."""
 
 from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,12 @@ TABLES = (".csv", ".json", ".jsonl")
 COLUMN = "prompt"
 """The column that is read if none is named."""
 
+HUB = re.compile(r"hub:(?P<name>[^@:\[]+)(@(?P<split>\w+))?(\[:(?P<rows>\d+)\])?(:(?P<column>[^:]+))?")
+"""A data set of the Hugging Face hub: hub:OWNER/NAME, and its split, how many rows, and their column."""
+
+ROWS = 300
+"""Rows that are read of a data set if it is not said how many: the paper's number for DiffusionDB and Pick-a-Pic."""
+
 MOST_CHARACTERS = 10_000
 """Characters that a prompt may have: a longer one is a mistake in the file."""
 
@@ -29,14 +37,17 @@ def read_prompts(spec: str | Path) -> list[str]:
 
     Args:
         spec: the name of a shipped set, FILE, or FILE:COLUMN of a .csv (with a header), .json (a list of strings or
-            objects) or .jsonl file; without a COLUMN it is "prompt".
+            objects) or .jsonl file, or hub:OWNER/NAME@SPLIT[:ROWS]:COLUMN, the first rows of a data set of the Hugging
+            Face hub. Without a COLUMN it is "prompt"; without a SPLIT, "train"; without [:ROWS], ROWS.
 
     Raises:
-        BadInput: there is no such set, file or column, the file is not UTF-8 or not what its name says, a prompt is
-            longer than MOST_CHARACTERS, or there is no prompt in it.
+        BadInput: there is no such set, file, data set or column, the file is not UTF-8 or not what its name says, a
+            prompt is longer than MOST_CHARACTERS, or there is no prompt in it.
 
     """
     name = str(spec)
+    if name.startswith("hub:"):
+        return _prompts(_hub(name), name)
     if name in SHIPPED and not Path(name).exists():
         path, column = SHIPPED[name], ""
     else:
@@ -51,6 +62,11 @@ def read_prompts(spec: str | Path) -> list[str]:
         found = _column(_rows(path, text), column or COLUMN, name)
     else:
         found = list(enumerate(text.splitlines(), 1))
+    return _prompts(found, name)
+
+
+def _prompts(found: list[tuple[int, Any]], name: str) -> list[str]:
+    """The prompts among numbered values, without empty ones; BadInput for what is none."""
     prompts = []
     for number, value in found:
         if not isinstance(value, str):
@@ -64,6 +80,24 @@ def read_prompts(spec: str | Path) -> list[str]:
     if not prompts:
         raise BadInput(f"a prompt file must hold at least one prompt, but {name!r} holds none.")
     return prompts
+
+
+def _hub(name: str) -> list[tuple[int, Any]]:
+    """Number and value of the first rows of a data set's column."""
+    match = HUB.fullmatch(name)
+    if match is None or match["rows"] == "0":
+        raise BadInput(f"a data set must be named hub:OWNER/NAME@SPLIT[:ROWS]:COLUMN, but got {name!r}.")
+    try:
+        import datasets
+    except ImportError:
+        raise BadInput(f"data sets need the library datasets ({name!r}): pip install 'ipgo-opt[hub]'.") from None
+    try:
+        stream = datasets.load_dataset(match["name"], split=match["split"] or "train", streaming=True)
+        rows = list(itertools.islice(stream, int(match["rows"] or ROWS)))
+    except Exception as error:  # of the network, the hub, the files' formats
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise BadInput(f"the data set {name!r} can't be read: {reason[0]}") from None
+    return _column(rows, match["column"] or COLUMN, name)
 
 
 def _found(name: str) -> tuple[Path, str]:

@@ -17,12 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import worker
 
 from ipgo_opt import BadInput
 from ipgo_opt.bench.published import GROUPS, METHODS, TABLE, published
 from ipgo_opt.bench.runner import examine, run_all
 from ipgo_opt.bench.suites import ABLATIONS, ablation, groups, table1
 from ipgo_opt.bench.tables import ablation_grid, cell_score, latex, markdown, page, table1_grids, versus
+from ipgo_opt.config import configure
+from ipgo_opt.models.sampler import Sampler
 
 SETTINGS: dict[str, Any] = {
     **{name: value for name, value in tiny.RUN.items() if name != "seed_share"}, "judge": "none", "budget": 5,
@@ -218,6 +221,45 @@ def test_killed_and_started_again(tiny_folder, tmp_path, redness, jobs):
     assert {path: path.stat().st_mtime_ns for path in done} == done
 
 
+@pytest.mark.parametrize(("dies_at", "times"), [("checkpoint.safetensors", 3), ("run.json", 6)])
+def test_a_pass_killed_in_the_middle(tiny_folder, tmp_path, redness, dies_at, times):
+    """SIGKILL at a write while three prompts are searched side by side: the histories of an undisturbed pass."""
+    given = (str(tiny_folder), PROMPTS, redness, SETTINGS)
+    assert worker.end(worker.start(worker.go_bench, str(tmp_path / "whole"), *given)) == 0
+    assert worker.end(worker.start(worker.go_bench, str(tmp_path / "torn"), *given, dies_at, times)) == -signal.SIGKILL
+    (begun,) = (tmp_path / "torn").glob("*/*/runs/*/*/pass/checkpoint.safetensors")
+    assert worker.end(worker.start(worker.go_bench, str(tmp_path / "torn"), *given)) == 0
+    assert not begun.parent.exists()
+    folders = [
+        path.parent.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").glob("*/*/runs/*/*/run.json")
+    ]
+    assert len(folders) == 3
+    for folder in folders:
+        whole, torn = (tmp_path / name / folder for name in ("whole", "torn"))
+        assert worker.history(whole) == worker.history(torn)
+        assert worker.result(whole) == worker.result(torn)
+
+
+def test_prompts_go_side_by_side_and_raw_images_are_made_once(tiny_folder, tmp_path, redness, monkeypatch):
+    """Three prompts of two groups, two methods: their pipeline calls hold all three, and none makes an image again."""
+    calls: list[int] = []
+    generate = Sampler.generate
+
+    def counted(self: Sampler, conditioning: Any, seeds: Any, **how: Any) -> Any:
+        calls.append(len(seeds))
+        return generate(self, conditioning, seeds, **how)
+
+    parts = table1(PROMPTS, [redness], ["random", "best-of-n"], tmp_path, model=str(tiny_folder), **SETTINGS)
+    monkeypatch.setattr(Sampler, "generate", counted)
+    entries, _ = run_all(parts)
+    artefacts = [1, 1, 1]
+    of_random = [3, 3, 3, 3, 3, 6, 6, *artefacts]  # raw, four candidates, two fresh seeds raw and best
+    of_seeds = [3, 6, 3, *artefacts]  # four seeds more, two at a time; the fresh seeds are known
+    assert calls == of_random + of_seeds
+    costs = {(entry["solver"], entry["images"], entry["denoiser_calls"]) for entry in entries}
+    assert costs == {("random", 5, 30), ("best-of-n", 5, 30)}  # what is kept is counted all the same
+
+
 def test_a_run_that_fails_leaves_the_others(tiny_folder, tmp_path):
     """The table has what there is, the error says what is missing, and the same line tries it again."""
     judge = tmp_path / "judge.py"
@@ -264,6 +306,26 @@ def test_an_ablation_compares_with_its_reference(tiny_folder, tmp_path, redness)
     for row in grid.rows[2:]:
         difference = np.mean([best[row[0], p] - best[reference, p] for p in ("a fox", "a cat")])
         assert row[4].startswith(f"{difference:+.3f} [")
+
+
+@pytest.mark.parametrize(
+    ("what", "given", "said"),
+    [
+        ("basis", {"space": "lora"}, "of the spaces tokens, tokens.noise, but got space='lora'"),
+        ("learning-rate", {"strategy": "random"}, "gradient and policy have a learning rate, but got 'random'"),
+        ("bases", {}, "bases"),
+    ],
+)
+def test_ablations_of_what_has_no_such_thing(tiny_folder, tmp_path, what, given, said):
+    with pytest.raises(BadInput, match=said):
+        ablation(what, ["a fox"], folder=tmp_path, reward="jpeg-compressibility" if given.get("strategy") else "clip",
+                 model="emoji", **given)  # fmt: skip
+
+
+def test_factors_are_of_the_methods_own_default(tmp_path):
+    part = ablation("learning-rate", ["a fox"], folder=tmp_path, reward="clip", space="lora", strategy="gradient")
+    usual = configure("a fox", space="lora", strategy="gradient").learning_rate
+    assert [cell.config.learning_rate / usual for cell in part.cells] == pytest.approx([0.1, 0.3, 1, 3, 10])
 
 
 @pytest.mark.parametrize(

@@ -57,12 +57,17 @@ def assert_close(a: Any, b: Any) -> None:
         {"strategy": "random", "batch_size": 2},
         {"patience": 1, "learning_rate": 5.0, "budget": 14},
         {"attend": True, "layout": "per_token", "suffix": 0},
+        {"space": "hard-tokens", "prefix": 0, "learning_rate": 0.5},
+        {"space": "words", "strategy": "hybrid"},
+        {"space": "lora", "strategy": "policy", "scheduler": "DDIMScheduler", "eta": 1.0, "batch_size": 3, "rank": 2},
     ],
     ids=str,
 )
 def test_the_same_as_one_by_one(tiny_folder, tmp_path, changed):
     """Histories, results, tokens and images; each in a directory as `optimize` leaves it."""
-    given = settings(tiny_folder, **changed)
+    lists = {"synonyms": {"fox": ["cat", "dog"]}, "additions": [["at night", "in the snow"]], "negative": ["blurry"]}
+    (tmp_path / "words.json").write_text(json.dumps(lists))
+    given = settings(tiny_folder, words=str(tmp_path / "words.json"), **changed)
     together = optimize(prompts=PROMPTS, out=tmp_path / "many", **given)
     assert [result.folder.name for result in together] == [
         "0-a-fox", "1-two-frogs-on-a-blue-background", "2-a-castle-at-sunset"
@@ -73,7 +78,7 @@ def test_the_same_as_one_by_one(tiny_folder, tmp_path, changed):
         assert_close(numbers(one.summary), numbers(alone.summary))
         assert_close(numbers(one.history), numbers(alone.history))
         lengths.add(len(one.history))
-        assert {path.name for path in one.folder.iterdir()} - {".lock"} == FILES
+        assert {path.name for path in one.folder.iterdir()} - {".lock", "adapter"} == FILES
         a, b = (ipgo_opt.load_conditioning(result.folder) for result in (one, alone))
         assert a.metadata == b.metadata
         assert a.tensors.keys() == b.tensors.keys()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from ipgo_opt import BadInput
-from ipgo_opt.prompt_files import SHIPPED, read_prompts
+from ipgo_opt.prompt_files import ROWS, SHIPPED, read_prompts
 
 
 def test_every_kind_gives_the_same(tmp_path):
@@ -63,3 +66,32 @@ def test_bad_files(tmp_path, monkeypatch, name, content, spec, shown):
 def test_exactly_the_longest_is_read(tmp_path):
     (tmp_path / "p.txt").write_text("x" * 10_000)
     assert len(read_prompts(tmp_path / "p.txt")[0]) == 10_000
+
+
+def test_data_sets(tmp_path):
+    """The first rows of a column, by the real library, from a folder as the hub has it."""
+    (tmp_path / "data").mkdir()
+    rows = [{"prompt": f"a fox, {n}", "other": f"o{n}"} for n in range(400)]
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "data" / "test.jsonl").write_text(json.dumps({"prompt": "a cat", "other": "x"}))
+    name = f"hub:{tmp_path}"
+    assert read_prompts(name) == [row["prompt"] for row in rows[:ROWS]]
+    assert read_prompts(f"{name}[:2]") == ["a fox, 0", "a fox, 1"]
+    assert read_prompts(f"{name}@test") == ["a cat"]
+    assert read_prompts(f"{name}@train[:3]:other") == ["o0", "o1", "o2"]
+    with pytest.raises(BadInput, match=r"must have the column 'text', but it has prompt, other"):
+        read_prompts(f"{name}@test:text")
+    for wrong in (f"{name}[:0]", f"{name}[2:3]", "hub:", f"{name}@a-b"):
+        with pytest.raises(BadInput, match="must be named hub:OWNER/NAME"):
+            read_prompts(wrong)
+
+
+def test_a_data_set_that_is_not_to_be_had(tmp_path):
+    """No such split, no such set and no network: one line each, exit code 2."""
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "a fox"}))
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    for spec in (f"hub:{tmp_path}@nowhere", "hub:somebody/nothing"):
+        line = [sys.executable, "-m", "ipgo_opt.cli", "run", "--prompts", spec]
+        done = subprocess.run(line, capture_output=True, text=True, check=False, env=os.environ | offline)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.splitlines()[-1].startswith(f"ipgo-opt: the data set {spec!r} can't be read: ")

@@ -19,6 +19,8 @@ import tiny
 import torch
 import transformers
 
+from ipgo_opt.bench.runner import run_all
+from ipgo_opt.bench.suites import table1
 from ipgo_opt.run import optimize, resume
 from ipgo_opt.store import Store
 
@@ -72,6 +74,17 @@ def go_many(
         resume(out, reward=tiny.Redness())
     else:
         optimize(prompts=prompts, reward=tiny.Redness(), model=model, out=out, **settings)
+
+
+def go_bench(
+    out: str, model: str, prompts: dict[str, list[str]], reward: str, settings: dict[str, Any], dies_at: str = "",
+    times: int = 1,
+) -> None:  # fmt: skip
+    """`go` for a benchmark of one method."""
+    torch.set_num_threads(1)
+    if dies_at:
+        die(dies_at, times)
+    run_all(table1(prompts, [reward], ["ipgo"], Path(out), model=model, **settings))
 
 
 def die(name: str, times: int) -> None:

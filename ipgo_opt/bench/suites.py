@@ -14,6 +14,9 @@ from ipgo_opt.prompt_files import read_prompts
 from ipgo_opt.registry import unknown
 from ipgo_opt.store import slug
 
+FACTORS = (0.1, 0.3, 1, 3, 10)
+"""On the size of a step, and on the tokens' norm."""
+
 LENGTHS = (0, 5, 10)
 """Tokens on each side in the paper's figure 7."""
 
@@ -38,11 +41,25 @@ ABLATIONS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
         "1 seed": {}, **{f"{n} seeds": {"search_seeds": n} for n in (2, 4, 8)},
         "1 seed, chosen first": {"seed_share": 0.33}, "4 seeds, chosen first": {"search_seeds": 4, "seed_share": 0.33},
     }),
+    "norm": ("1 × scale", {f"{factor:g} × scale": {"scale": factor} for factor in FACTORS}),
+    "learning-rate": (
+        "1 × learning rate", {f"{factor:g} × learning rate": {"learning_rate": factor} for factor in FACTORS}
+    ),
 }  # fmt: skip
 """The paper's ablations of IPGO: the variant that the others are compared with, and every variant's settings.
 
 `constraints` are V(alue), C(onformity) and O(rthonormality); K counts the last denoising steps that are differentiated;
-`seeds` spends the same images on fewer updates over more seeds, or on choosing the seeds first."""
+`seeds` spends the same images on fewer updates over more seeds, or on choosing the seeds first; of `norm` and
+`learning-rate` the settings are factors on what the model's defaults are."""
+
+OF_ANY_METHOD = ("seeds", "learning-rate")
+"""Ablations that are not of the tokens alone."""
+
+FACTORED = {"norm": "scale", "learning-rate": "learning_rate"}
+"""Ablations whose settings are factors, and of what."""
+
+TOKENS = ("tokens", "tokens+noise")
+"""Spaces that have tokens as IPGO makes them."""
 
 
 @dataclass(frozen=True)
@@ -139,14 +156,35 @@ def table1(
     return parts
 
 
-def ablation(what: str, prompts: Sequence[str], *, folder: Path, reward: str, **settings: Any) -> Part:
-    """Every variant of one ablation on every prompt; BadInput for a variant that the model cannot have."""
+def ablation(
+    what: str, prompts: Sequence[str], *, folder: Path, reward: str, repeats: int = 1, **settings: Any
+) -> Part:
+    """Every variant of one ablation on every prompt; BadInput for a variant that the model or method cannot have.
+
+    Args:
+        what: one of ABLATIONS.
+        prompts: what the images should show.
+        folder: where everything is kept.
+        reward: a specification.
+        repeats: runs per prompt and variant.
+        settings: any other field of RunConfig; space and strategy are IPGO's without them.
+
+    """
     if what not in ABLATIONS:
         raise unknown("ablation", what, list(ABLATIONS))
+    usual = configure(prompts[0], reward=reward, **settings)
+    if what not in OF_ANY_METHOD and usual.space not in TOKENS:
+        raise BadInput(f"the ablation {what!r} is of the spaces {', '.join(TOKENS)}, but got space={usual.space!r}.")
+    if what == "learning-rate" and usual.strategy not in ("gradient", "policy"):
+        raise BadInput(f"the strategies gradient and policy have a learning rate, but got {usual.strategy!r}.")
     variants = {label: dict(own) for label, own in ABLATIONS[what][1].items()}
     if "full" in variants:
-        steps = configure(prompts[0], reward=reward, **settings).num_inference_steps
+        steps = usual.num_inference_steps
         variants["full"] = {"grad_steps": steps}
         variants = {name: own for name, own in variants.items() if own.get("grad_steps", 1) <= steps}
-    cells = plan(prompts, variants, folder / slug(reward), reward=reward, **({"seed_share": 0.0} | settings))
+    if what in FACTORED:
+        name = FACTORED[what]
+        variants = {label: {name: own[name] * getattr(usual, name)} for label, own in variants.items()}
+    settings = {"seed_share": 0.0} | settings
+    cells = plan(prompts, variants, folder / slug(reward), reward=reward, repeats=repeats, **settings)
     return Part(what, reward, tuple(variants), tuple(cells))

@@ -53,6 +53,9 @@ class SamplerSettings:
     eta: float = 0.0
 
 
+MOST_ENCODED = 1024
+"""Encoded prompts that are kept."""
+
 STATES = ("prompt_embeds", "negative_prompt_embeds")
 """The arguments that hold the sequences of the two halves."""
 
@@ -162,6 +165,9 @@ class Sampler:
         denoiser_calls: images × denoiser evaluations so far, unconditional halves included.
         size: (height, width) of the last images in pixels.
         latents: what the last images were decoded from, (B, …).
+        encode: the conditioning of a prompt (batch 1), exactly as the pipeline itself encodes it, and of a second text
+            that stands in the unconditional half instead of the settings' negative prompt, if one is given; the
+            latest are remembered.
 
     """
 
@@ -176,6 +182,7 @@ class Sampler:
         self.size = (settings.height, settings.width)
         self.latents = torch.zeros(0)
         self.drawn: dict[int, Tensor] = {}
+        self.encode = functools.lru_cache(MOST_ENCODED)(self._encode)
         pipeline.set_progress_bar_config(disable=True)
         for component in pipeline.components.values():
             if isinstance(component, torch.nn.Module):
@@ -187,11 +194,8 @@ class Sampler:
         return math.prod(self._packing.state)
 
     @torch.no_grad()
-    def encode(self, prompt: str, negative_prompt: str | None = None) -> Conditioning:
-        """The conditioning of one prompt (batch 1), exactly as the pipeline itself encodes it.
-
-        With `negative_prompt`, that stands in the unconditional half instead of the settings'.
-        """
+    def _encode(self, prompt: str, negative_prompt: str | None = None) -> Conditioning:
+        """`encode`, each time anew."""
         return self.encoded(prompt, negative_prompt)
 
     def encode_mixed(self, prompt: Mixed, negative_prompt: Mixed) -> Conditioning:
