@@ -29,6 +29,10 @@ RAW = {"best": "raw", "held_out": "held_out_raw", "judge": "judge_raw"}
 """The same of the raw prompt."""
 
 
+MOST_COLUMNS = 8
+"""Solvers that stand side by side as in the paper's table; more of them are rows."""
+
+
 @dataclass(frozen=True)
 class Grid:
     """A table of texts; `bold` are the (row, column) that stand out."""
@@ -37,6 +41,11 @@ class Grid:
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     bold: frozenset[tuple[int, int]] = field(default_factory=frozenset)
+
+    def turned(self) -> Grid:
+        """Columns as rows."""
+        lines = list(zip(self.header, *self.rows, strict=True))
+        return Grid(self.title, lines[0], tuple(lines[1:]), frozenset((c - 1, r + 1) for r, c in self.bold))
 
 
 def cell_score(entries: Sequence[dict[str, Any]], name: str) -> tuple[float, float, int] | None:
@@ -102,31 +111,62 @@ def _share(found: dict[str, Any], signed: bool = False) -> str:
 
 
 def table1_grids(parts: Sequence[Part], entries: Sequence[dict[str, Any]]) -> list[Grid]:
-    """For every reward: groups × solvers for each field, the published row beneath; and IPGO against the others."""
+    """For every reward: the solvers over all prompts, groups × solvers for each field, and IPGO against the others.
+
+    The published rows stand beneath those of the paper's groups.
+    """
     grids = []
     for reward in dict.fromkeys(part.reward for part in parts):
         own = [part for part in parts if part.reward == reward and part.cells]
         solvers = list(dict.fromkeys(["raw", *(name for part in own for name in part.solvers)]))
         runs = [run for part in own for run in with_raw(part, entries)]
+        grids.append(_overview(shown(reward), runs, solvers))
         for name, meaning in FIELDS.items():
             grids.append(_groups_grid(f"{shown(reward)}: {meaning}", own, runs, solvers, name))
-        ours = next((name for name in solvers if name.split(" ")[0] == "ipgo"), None)
-        if ours is None:
-            continue
-        rows = []
-        for other in solvers:
-            if other == ours:
-                continue
-            against = {name: versus(runs, ours, other, name) for name in FIELDS}
-            rows.append((
-                other, *(text for name in FIELDS for text in (
-                    _share(against[name]["wins"]), _share(against[name]["gain"], signed=True),
-                )),
-            ))  # fmt: skip
-        header = (f"{ours} against", *(text for name in ("search", "held out", "judge")
-                                       for text in (f"wins, {name}", f"gain, {name}")))  # fmt: skip
-        grids.append(Grid(f"{shown(reward)}: {ours} against each, prompt by prompt", header, tuple(rows)))
+        grids += [_against(shown(reward), runs, solvers, ours) for ours in solvers if _method(ours) == "ipgo"]
     return grids
+
+
+def _method(solver: str) -> str:
+    """A solver's name without its share for seeds."""
+    return solver.split(" ")[0]
+
+
+def _overview(title: str, runs: list[dict[str, Any]], solvers: Sequence[str]) -> Grid:
+    """Over all prompts: what each solver finds, against best-of-n where that took part, and what becomes of it."""
+    from ipgo_opt.comparison import paired
+    from ipgo_opt.display import difference
+
+    yardstick = "best-of-n" if "best-of-n" in solvers else "raw"
+    asked = (("best", "raw"), *([("best", yardstick)] if yardstick != "raw" else []), ("held_out", "raw"),
+             ("judge", "raw"))  # fmt: skip
+    rows = []
+    for solver in solvers:
+        own = [run for run in runs if run["solver"] == solver]
+        differences = (
+            "–" if solver == other else difference(paired(runs, solver, other, name), 3) for name, other in asked
+        )
+        rows.append((solver, _score(cell_score(own, "best")), *differences))
+    header = ("all prompts", "search reward", *(f"{name.replace('_', ' ')}: minus {other}" for name, other in asked))
+    return Grid(f"{title}: what is found, and what of it holds on fresh seeds", header, tuple(rows))
+
+
+def _against(title: str, runs: Sequence[dict[str, Any]], solvers: Sequence[str], ours: str) -> Grid:
+    """How often and by how much `ours` is better than each solver with the same share for seeds, or none to vary."""
+    share = ours.removeprefix(_method(ours))
+    rows = []
+    for other in solvers:
+        if other == ours or other.removeprefix(_method(other)) not in ("", share):
+            continue
+        against = {name: versus(runs, ours, other, name) for name in FIELDS}
+        rows.append((
+            other, *(text for name in FIELDS for text in (
+                _share(against[name]["wins"]), _share(against[name]["gain"], signed=True),
+            )),
+        ))  # fmt: skip
+    header = (f"{ours} against", *(text for name in ("search", "held out", "judge")
+                                   for text in (f"wins, {name}", f"gain, {name}")))  # fmt: skip
+    return Grid(f"{title}: {ours} against each, prompt by prompt", header, tuple(rows))
 
 
 def _groups_grid(
@@ -141,11 +181,12 @@ def _groups_grid(
         if max(means) > -math.inf:
             bold.add((len(rows), 1 + int(np.argmax(means))))
         rows.append((label, *(_score(score) for score in scores)))
-        paper = [published(parts[0].reward, label, solver.split(" ")[0]) for solver in solvers]
+        paper = [published(parts[0].reward, label, _method(solver)) for solver in solvers]
         if name == "best" and any(value is not None for value in paper):
             known = ("–" if value is None else f"{value:.2f}" for value in paper)
             rows.append((f"{label}, published (SD 1.5)", *known))
-    return Grid(title, ("prompts", *solvers), tuple(rows), frozenset(bold))
+    grid = Grid(title, ("prompts", *solvers), tuple(rows), frozenset(bold))
+    return grid if len(solvers) <= MOST_COLUMNS else grid.turned()
 
 
 def ablation_grid(part: Part, entries: Sequence[dict[str, Any]], reference: str) -> Grid:

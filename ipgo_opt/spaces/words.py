@@ -113,8 +113,9 @@ class WordSpace(Space):
 
     A point that needs a gradient is a distribution over texts and is drawn from: `softmax(x + g)` with Gumbel noise g
     (temperature 1) mixes the choices of each position before the text encoder. The noise is a function of the seed,
-    the point (to two decimals) and its row in the batch, so that the same point is the same mixture on every occasion. A point that
-    needs none is a text: the one of the choices with the largest coefficients, or with those numbers.
+    the point (to two decimals) and its row in the batch, so that the same point is the same mixture on every
+    occasion. A point that needs none is a text: the one of the choices with the largest coefficients, or with those
+    numbers.
 
     Args:
         prompt: the raw prompt.
