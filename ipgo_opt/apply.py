@@ -46,13 +46,13 @@ class Strengths:
     needs_noise = False
 
     def __init__(self, file: ConditioningFile) -> None:
-        self.tokens, self.attend = file.tokens, file.attend
+        self.tokens, self.how = file.tokens, {"attend": file.attend, "anchor": file.anchor}
 
     def apply(self, x: Tensor, conditioning: Conditioning, *, full: bool) -> tuple[Conditioning, Tensor]:
         """The tokens at q strengths x (q, 1) around B prompts, and no penalty."""
         rows = conditioning.expand(len(x))
         tokens = {name: V.expand(len(x), -1, -1) for name, V in self.tokens.items()}
-        return inserted(tokens, rows, attend=self.attend, strength=x[:, 0]), torch.zeros(len(rows))
+        return inserted(tokens, rows, strength=x[:, 0], **self.how), torch.zeros(len(rows))
 
 
 class Point:
@@ -99,7 +99,8 @@ def apply(
         source: a run directory or its conditioning file.
         prompts: what the images should show.
         seeds: of the noise: every prompt on each.
-        strengths: factors on the inserted tokens, 0 to 1.5 (at 0, tokens of zeros are still there to be attended to).
+        strengths: factors on the inserted tokens, 0 to 1.5 (at 0, tokens of zeros, or the
+            anchors, are still there to be attended to).
         reward: what scores the images; None for nothing.
         judge: a second opinion; None for none.
         model: another copy of the model that the tokens were learned on.

@@ -73,6 +73,7 @@ def write_conditioning(search: Search, sampler: Sampler, space: Any, *, full: bo
         **{f"optimized_{name}": text for name, text in readable(space, raw, search.best_x, full=full).items()},
         "length": conditioning.prompt_embeds.shape[1],
         "attend": int(config.attend and config.space == "tokens"),
+        "anchor": int(config.anchor and config.space == "tokens"),
         "model": config.model,
         "revision": config.revision,
         "pipeline": type(sampler.pipeline).__name__,
@@ -126,6 +127,11 @@ class ConditioningFile:
     def attend(self) -> bool:
         """Whether the tokens attend to the prompt before they are inserted."""
         return self.metadata.get("attend", "0") == "1"
+
+    @property
+    def anchor(self) -> bool:
+        """Whether the prompt's mean state is added to the tokens."""
+        return self.metadata.get("anchor", "0") == "1"
 
     def check_encoder(self, sampler: Sampler) -> None:
         """Raises BadInput unless the file was made with the text encoder of this sampler's model."""

@@ -84,6 +84,7 @@ SETTINGS: dict[str, tuple[Any, Any]] = {
     "rotation": (bool, _option("Rotate the tokens.", "--rotation/--no-rotation", setting="rotation")),
     "constraints": (str, _option("Of value, conformity and orthonormality, or none.", "--constraints")),
     "attend": (bool, _option("Let the tokens attend to the prompt first (IPGO+).", "--attend")),
+    "anchor": (bool, _option("Add the prompt's mean state to the tokens.", "--anchor/--no-anchor", setting="anchor")),
     "learning_rate": (float, _option("The gradient's step size.", "--learning-rate", "--lr", setting="learning_rate")),
     "decay": (float, _option("Factor on the learning rate.", "--decay")),
     "decay_every": (int, _option("Updates between two decays.", "--decay-every")),

@@ -215,7 +215,11 @@ def check_settings(cell: Cell) -> bool:
     """Whether there is a run in a cell's folder; BadInput if it is one with other settings."""
     if not (cell.folder / "run.json").exists():
         return False
-    if read_run(cell.folder).get("config") != _json(cell.config):
+    try:
+        known = _json(RunConfig(**read_run(cell.folder)["config"]))  # an earlier version had fewer settings
+    except (KeyError, TypeError):
+        known = None
+    if known != _json(cell.config):
         raise BadInput(f"{str(cell.folder)!r} holds a run with other settings; choose another output directory.")
     return True
 

@@ -102,6 +102,7 @@ class RunConfig:
         constraints: which of the paper's constraints hold, of "value", "conformity" and "orthonormality", separated by
             commas, or "none".
         attend: whether the tokens attend to the prompt before they are inserted (IPGO+).
+        anchor: whether the prompt's mean state is added to the tokens, so that at Z = 0 the image is the raw one.
         learning_rate, decay, decay_every, max_grad_norm: the gradient's schedule and clipping.
         optimizer: of the gradient: "adam" or "nesterov".
         inner_updates: DDPO's updates from one batch of images.
@@ -175,6 +176,7 @@ class RunConfig:
     rotation: bool = True
     constraints: str = ",".join(CONSTRAINTS)
     attend: bool = False
+    anchor: bool = False
     learning_rate: float = 1e-3
     decay: float = 0.9
     decay_every: int = 10
@@ -259,7 +261,7 @@ class RunConfig:
         kept = self.kept_constraints()
         return TokenShape(
             self.prefix, self.suffix, self.basis_size, self.layout, self.scale, self.spread, self.attend,
-            self.rotation, orthonormal="orthonormality" in kept, bounded="value" in kept,
+            self.anchor, self.rotation, orthonormal="orthonormality" in kept, bounded="value" in kept,
         )  # fmt: skip
 
     def kept_constraints(self) -> set[str]:
@@ -378,8 +380,8 @@ MOST_VALIDATION = 12
 STRATEGY_DEFAULTS: dict[str, dict[str, Any]] = {"hybrid": {"batch_size": 1}, "gpo": {"batch_size": 1}}
 """What single strategies want instead: as many updates of a distribution as the paper makes."""
 
-BLACK_BOX_SCALES = {"emoji": 4.0}
-"""Factor on the tokens for black boxes, by model: the states of its text encoder are that large."""
+STATE_SCALES = {"emoji": 4.0}
+"""Factor on the tokens of black boxes and on anchored ones, by model: the states of its text encoder are that large."""
 
 SPACE_DEFAULTS: dict[str, dict[str, Any]] = {
     "embedding": {},
@@ -462,8 +464,10 @@ def configure(prompt: str, **given: Any) -> RunConfig:
             )
             defaults["grad_steps"] = steps
     else:
-        defaults |= BLACK_BOX_DEFAULTS | {"scale": BLACK_BOX_SCALES.get(model, 1.0)}
+        defaults |= BLACK_BOX_DEFAULTS | {"scale": STATE_SCALES.get(model, 1.0)}
         defaults |= STRATEGY_DEFAULTS.get(str(chosen["strategy"]), {})
+    if chosen.get("anchor"):
+        defaults["scale"] = STATE_SCALES.get(model, 1.0)
     if chosen.get("task") == "attack":  # of the prompt, not of the seed
         defaults["seed_share"] = 0.0
     if chosen.get("shared"):

@@ -18,6 +18,10 @@ class Method:
 
 METHODS = {
     "ipgo": Method("IPGO (arXiv 2503.21812): tokens × gradient", {"space": "tokens", "strategy": "gradient"}),
+    "ipgo-anchored": Method(
+        "IPGO whose tokens stand on the prompt's mean state: tokens × gradient",
+        {"space": "tokens", "strategy": "gradient", "anchor": True},
+    ),
     "embedding": Method(
         "free tokens, the ablation of arXiv 2503.21812: embedding × gradient",
         {"space": "embedding", "strategy": "gradient"},

@@ -59,6 +59,7 @@ def read_tokens(folder: str | Path, *, words: int = 512, nearest: int = 5) -> di
     return {
         "prompt": file.metadata["prompt"],
         "attend": file.attend,
+        "anchor": file.anchor,
         "tokens": found,
         "word_norm": float(states.norm(dim=1).mean()),
         "angles": {

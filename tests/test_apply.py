@@ -22,23 +22,36 @@ from ipgo_opt.reading import read_tokens
 PROMPTS = ["a lion", "two fish"]
 
 
-@pytest.fixture(scope="module")
-def finished(tiny_folder, tmp_path_factory):
-    given: dict[str, Any] = {**tiny.RUN, "held_out": 1, "validation": ["a bus"], "patience": 0, "learning_rate": 0.3}
+def train(tiny_folder, folder, **changed):
+    given: dict[str, Any] = {
+        **tiny.RUN,
+        "held_out": 1,
+        "validation": ["a bus"],
+        "patience": 0,
+        "learning_rate": 0.3,
+    } | changed
     made = optimize(
         prompts=["a fox", "a tree", "a robot"], shared=True, reward=tiny.Redness(), model=str(tiny_folder), budget=20,
-        out=tmp_path_factory.mktemp("runs") / "shared", **given,
+        out=folder, **given,
     )  # fmt: skip
     assert made.reward > made.raw_reward
     return made
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder, tmp_path_factory):
+    return train(tiny_folder, tmp_path_factory.mktemp("runs") / "shared")
 
 
 def pixels(path: Any) -> Any:
     return np.asarray(Image.open(path)).astype(int)
 
 
-def test_images_are_those_of_a_plain_pipeline(tiny_folder, finished, tmp_path):
+@pytest.mark.parametrize("anchor", [False, True])
+def test_images_are_those_of_a_plain_pipeline(tiny_folder, finished, tmp_path, anchor):
     """Raw and at each strength: T built by hand from the file's tokens, through unmodified diffusers."""
+    if anchor:
+        finished = train(tiny_folder, tmp_path / "anchored", anchor=True)
     made = apply(finished.folder, PROMPTS, seeds=[3, 7], strengths=[0.5, 1.5], out=tmp_path, picture=True)
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
     tokens = load_file(finished.folder / "best.safetensors")
@@ -46,7 +59,8 @@ def test_images_are_those_of_a_plain_pipeline(tiny_folder, finished, tmp_path):
     for one in made["images"]:
         states, negative = pipe.encode_prompt(one["prompt"], "cpu", 1, True, "")
         if one["strength"] is not None:
-            V = {side: one["strength"] * tokens[side][None] for side in ("prefix", "suffix")}
+            mean = states.mean(1) if anchor else 0
+            V = {side: one["strength"] * tokens[side][None] + mean for side in ("prefix", "suffix")}
             states = torch.cat([V["prefix"], states, V["suffix"]], 1)
             negative = torch.cat([negative, negative[:, -1:].expand(-1, 4, -1)], 1)
         image = pipe(

@@ -64,8 +64,9 @@ def test_everything_is_in_the_file(finished):
     about = file.metadata
     expected = {
         "prompt": "a fox", "pipeline": "StableDiffusionPipeline", "scheduler": "LMSDiscreteScheduler", "seed": "0",
-        "num_inference_steps": "3", "guidance_scale": "3.0", "attend": "1", "torch": torch.__version__.split("+")[0],
-        "diffusers": diffusers.__version__, "height": "8", "width": "8", "length": "81",
+        "num_inference_steps": "3", "guidance_scale": "3.0", "attend": "1", "anchor": "0",
+        "torch": torch.__version__.split("+")[0], "diffusers": diffusers.__version__, "height": "8", "width": "8",
+        "length": "81",
     }  # fmt: skip
     assert expected == {name: about[name].split("+")[0] for name in expected}
     assert about["model"] == json.loads((finished.folder / "run.json").read_text())["config"]["model"]

@@ -23,7 +23,7 @@ from ipgo_opt import BadInput
 from ipgo_opt.bench.published import GROUPS, METHODS, TABLE, published
 from ipgo_opt.bench.runner import examine, run_all
 from ipgo_opt.bench.suites import ABLATIONS, ablation, groups, table1
-from ipgo_opt.bench.tables import ablation_grid, cell_score, latex, markdown, page, table1_grids, versus
+from ipgo_opt.bench.tables import Grid, ablation_grid, cell_score, latex, markdown, page, table1_grids, versus
 from ipgo_opt.config import configure
 from ipgo_opt.models.sampler import Sampler
 
@@ -93,6 +93,46 @@ def test_the_tables_are_the_means_of_the_runs(suite, redness):
         error = f" ± {np.std(bests, ddof=1) / math.sqrt(len(bests)):.3f}" if len(bests) > 1 else ""
         row = next(row for row in grid.rows if row[0] == label)
         assert row[column] == f"{np.mean(bests):.3f}{error}"
+
+
+def test_the_overview_has_differences_prompt_by_prompt(suite, redness):
+    """To best-of-n what is found, to the raw prompt what holds on fresh seeds; recomputed."""
+    _, parts, entries = suite
+    grid = next(g for g in table1_grids(parts, entries) if g.title.endswith("redness: what is found, and what of it "
+                                                                            "holds on fresh seeds"))  # fmt: skip
+    assert grid.header[2:] == (
+        "best: minus raw", "best: minus best-of-n", "held out: minus raw", "judge: minus raw"
+    )  # fmt: skip
+    own = [entry for entry in entries if entry["reward_spec"] == redness]
+    best = {(entry["solver"], entry["prompt"]): entry["best"] for entry in own}
+    for row in grid.rows[1:]:
+        mine = [entry for entry in own if entry["solver"] == row[0]]
+        found = (
+            [e["best"] - e["raw"] for e in mine],
+            [e["best"] - best["best-of-n", e["prompt"]] for e in mine],
+            [e["held_out"] - e["held_out_raw"] for e in mine],
+        )
+        for text, differences in zip(row[2:], found, strict=False):
+            assert text == "–" or text.startswith(f"{np.mean(differences):+.3f} [")
+        assert row[5] == "–"  # there is no judge
+
+
+def test_ipgo_is_compared_at_its_own_share(suite, redness):
+    _, parts, entries = suite
+    grids = [g for g in table1_grids(parts, entries) if "redness: ipgo" in g.title]
+    assert [[row[0] for row in grid.rows] for grid in grids] == [
+        ["raw", f"random ({share} for seeds)", "best-of-n"] for share in ("0", "0.5")
+    ]
+
+
+def test_a_table_turned():
+    """Rows become columns, and what stood out still does."""
+    grid = Grid("t", ("prompts", "a", "b"), (("one", "1", "2"), ("two", "3", "4"), ("all", "5", "6")),
+                frozenset({(0, 2), (1, 1)}))  # fmt: skip
+    turned = grid.turned()
+    assert turned.header == ("prompts", "one", "two", "all")
+    assert turned.rows == (("a", "1", "3", "5"), ("b", "2", "4", "6"))
+    assert {turned.rows[r][c] for r, c in turned.bold} == {"2", "3"}
 
 
 def test_wins_and_gains_are_paired():

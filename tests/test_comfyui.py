@@ -36,18 +36,18 @@ def node(monkeypatch, tmp_path):
     return module
 
 
-@pytest.mark.parametrize("attend", [False, True])
+@pytest.mark.parametrize("how", [{}, {"attend": True}, {"anchor": True}, {"attend": True, "anchor": True}], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_node_inserts_what_the_package_inserts(node, tmp_path, attend, masked):
+def test_the_node_inserts_what_the_package_inserts(node, tmp_path, how, masked):
     states = torch.randn(2, 5, 16, generator=RANDOM)
     mask = torch.ones(2, 5) if masked else None
-    save_file(TOKENS, tmp_path / "a.safetensors", ABOUT | {"attend": str(int(attend))})
+    save_file(TOKENS, tmp_path / "a.safetensors", ABOUT | {"attend": "0"} | dict.fromkeys(how, "1"))
     made = node.NODE_CLASS_MAPPINGS["IpgoInsertTokens"]()
     pooled = torch.ones(2, 3)
     options = {"pooled_output": pooled} | ({"attention_mask": mask} if masked else {})
     ((entry,),) = made.run([[states, options]], "a.safetensors", 0.7)
     expected = inserted(
-        {name: V[None] for name, V in TOKENS.items()}, Conditioning(states, mask=mask), attend=attend,
+        {name: V[None] for name, V in TOKENS.items()}, Conditioning(states, mask=mask), **how,
         strength=torch.tensor([0.7]),
     )  # fmt: skip
     assert torch.allclose(entry[0], expected.prompt_embeds, atol=1e-6)

@@ -457,6 +457,26 @@ def test_attending_tokens_are_cross_attention(masked):
     assert (T.prompt_embeds[0, :3] - T.prompt_embeds[1, :3]).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_anchored_tokens_stand_on_the_mean_of_what_is_read(masked):
+    """V + mean state, by hand, per prompt; without anything learned the conformity penalty is 0."""
+    made = space(anchor=True)
+    x = moved(made, 2, full=True)
+    states = torch.cat([prompt(6, 2).prompt_embeds, prompt(6, 3).prompt_embeds] * 2)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]] * 2) if masked else None
+    T, _ = made.apply(x, Conditioning(states, mask=mask), full=True)
+    V = made.tokens(x, full=True)
+    for row in range(4):
+        read = states[row, : 4 if masked and row % 2 == 0 else 6]
+        mean = sum(read) / len(read)
+        assert torch.allclose(T.prompt_embeds[row, :3], V["prefix"][row // 2] + mean, atol=1e-5)
+    nothing = space(anchor=True, spread=0.0)
+    start = nothing.coordinates(full=True).start[None]
+    T, p_conf = nothing.apply(start, prompt(6, 2), full=True)
+    assert p_conf.item() < 1e-10
+    assert torch.allclose(T.prompt_embeds[0, 0], prompt(6, 2).prompt_embeds[0].mean(0), atol=1e-6)
+
+
 @both_views
 def test_many_prompts_of_a_candidate_and_many_candidates(full):
     """Row r of q · n belongs to candidate r // n: the same as each pair alone."""

@@ -25,8 +25,8 @@ class InsertTokens:
         """The node's work."""
         import folder_paths
 
-        tokens, attend = read_tokens(folder_paths.get_full_path("embeddings", file))
-        return (insert(conditioning, tokens, strength, attend),)
+        tokens, how = read_tokens(folder_paths.get_full_path("embeddings", file))
+        return (insert(conditioning, tokens, strength, **how),)
 
 
 NODE_CLASS_MAPPINGS = {"IpgoInsertTokens": InsertTokens}

@@ -12,8 +12,11 @@ from torch import Tensor
 FORMAT = "ipgo-opt conditioning 1"
 
 
-def read_tokens(path: str) -> tuple[dict[str, Tensor], bool]:
-    """The tokens (M, d) of an ipgo-opt conditioning file, by side, and whether they attend to the prompt (IPGO+)."""
+def read_tokens(path: str) -> tuple[dict[str, Tensor], dict[str, bool]]:
+    """The tokens (M, d) of an ipgo-opt conditioning file, by side, and how they are inserted.
+
+    "attend" is whether they attend to the prompt (IPGO+), "anchor" whether the prompt's mean state is added to them.
+    """
     with safe_open(path, "pt") as file:
         about = file.metadata() or {}
         tokens = {side: file.get_tensor(side) for side in ("prefix", "suffix") if side in set(file.keys())}
@@ -21,10 +24,12 @@ def read_tokens(path: str) -> tuple[dict[str, Tensor], bool]:
         raise ValueError(f"{path} is no conditioning file of ipgo-opt.")
     if not tokens:
         raise ValueError(f"{path} holds no learned tokens.")
-    return tokens, about.get("attend", "0") == "1"
+    return tokens, {name: about.get(name, "0") == "1" for name in ("attend", "anchor")}
 
 
-def insert(conditioning: list[list[Any]], tokens: dict[str, Tensor], strength: float, attend: bool) -> list[list[Any]]:
+def insert(
+    conditioning: list[list[Any]], tokens: dict[str, Tensor], strength: float, *, attend: bool, anchor: bool
+) -> list[list[Any]]:
     """A conditioning, [[states (B, L, d), options], …], with the tokens around the states of every entry.
 
     Pooled outputs and other options pass through; an `attention_mask` (B, L) grows by ones.
@@ -44,6 +49,9 @@ def insert(conditioning: list[list[Any]], tokens: dict[str, Tensor], strength: f
                     logits = logits.masked_fill(mask.to(states.device)[:, None] == 0, -math.inf)
                 V = V + logits.softmax(-1) @ states
             placed[side] = strength * V
+            if anchor:
+                read = torch.ones_like(states[..., :1]) if mask is None else (mask != 0).to(states)[..., None]
+                placed[side] = placed[side] + (states * read).sum(1, keepdim=True) / read.sum(1, keepdim=True)
         pieces = [placed.get("prefix"), states, placed.get("suffix")]
         options = dict(options)
         if mask is not None:

@@ -11,6 +11,10 @@ encoder's width d, Z holds the coefficients of M tokens, θ1 and θ2 are the ang
 IPGO+ (version 2 of the paper): before they are inserted, the tokens attend to the prompt by cross-attention without
 parameters, V ← V + softmax(V f(C)ᵀ / √d) f(C) with a token in each row of V and a state in each row of f(C). The sum
 with V is ours: what is attended to alone hardly depends on tokens of a small norm.
+
+Anchored tokens are ours as well: the prompt's mean state is added to each, V ← V + mean_k f(C)_k, so that at Z = 0 the
+conformity penalty is 0 and the image is the raw prompt's. Tokens of zeros beside states of another norm draw attention
+away from the prompt and give nothing for it (docs/benchmarks.md has the figures).
 """
 
 from __future__ import annotations
@@ -49,6 +53,7 @@ class TokenShape:
         scale: factor on the tokens (1 in the paper). Text encoders differ in the norm of their states.
         spread: Z starts uniform in [−spread, spread] (1 in the released code).
         attend: whether the tokens attend to the prompt before they are inserted (IPGO+).
+        anchor: whether the prompt's mean state is added to the tokens.
         rotation: whether R1 and R2 are there; without them V = E Z.
         orthonormal: whether E stays orthonormal; if not, it starts so and every entry of it is free.
         bounded: whether Z stays in [−1, 1] and θ in [−π, π].
@@ -62,6 +67,7 @@ class TokenShape:
     scale: float = 1.0
     spread: float = 1.0
     attend: bool = False
+    anchor: bool = False
     rotation: bool = True
     orthonormal: bool = True
     bounded: bool = True
@@ -118,7 +124,12 @@ def orthonormal(directions: Tensor) -> Tensor:
 
 
 def inserted(
-    tokens: dict[str, Tensor], conditioning: Conditioning, *, attend: bool = False, strength: Tensor | None = None
+    tokens: dict[str, Tensor],
+    conditioning: Conditioning,
+    *,
+    attend: bool = False,
+    anchor: bool = False,
+    strength: Tensor | None = None,
 ) -> Conditioning:
     """T of equation (2): tokens (q, M, d), by side, around encoded prompts.
 
@@ -126,7 +137,8 @@ def inserted(
         tokens: "prefix", "suffix" or both.
         conditioning: prompts in B rows, B a multiple of q: those of one set of tokens stand together.
         attend: whether what the tokens attend to in each prompt is added to them first (IPGO+).
-        strength: factors (q,) on what is inserted; None for 1.
+        anchor: whether each prompt's mean state is added to them.
+        strength: factors (q,) on the tokens, with what they attend to and without the anchor; None for 1.
 
     """
     placed = {}
@@ -137,12 +149,14 @@ def inserted(
             V = attended(V, conditioning)
         if strength is not None:
             V = V * strength.to(V).repeat_interleave(each)[:, None, None]
+        if anchor:
+            V = V + conditioning.mean()[:, None]
         placed[name] = V
     return conditioning.insert(placed.get("prefix"), placed.get("suffix"))
 
 
 def surrounded(
-    tokens: dict[str, Tensor], conditioning: Conditioning, *, attend: bool = False
+    tokens: dict[str, Tensor], conditioning: Conditioning, *, attend: bool = False, anchor: bool = False
 ) -> tuple[Conditioning, Tensor]:
     """T of equation (2) and p_conf (B,) of equation (11), for tokens (q, M, d) by side.
 
@@ -150,7 +164,7 @@ def surrounded(
     stand together.
     """
     conditioning = conditioning.expand(len(next(iter(tokens.values()))))
-    T = inserted(tokens, conditioning, attend=attend)
+    T = inserted(tokens, conditioning, attend=attend, anchor=anchor)
     return T, (T.mean() - conditioning.mean()).float().square().sum(-1)
 
 
@@ -295,7 +309,8 @@ class TokenSpace(Space):
 
         B is a multiple of q, or 1 for the same prompt with every candidate; a candidate's prompts stand together.
         """
-        return surrounded(self.tokens(x, full=full), conditioning, attend=self.shape.attend)
+        tokens = self.tokens(x, full=full)
+        return surrounded(tokens, conditioning, attend=self.shape.attend, anchor=self.shape.anchor)
 
     def learned(self, x: Tensor, *, full: bool) -> dict[str, Tensor]:
         """The tokens "prefix" and "suffix" (M, d) of a point x (D,) and their bases "basis.prefix", … (d, N)."""
