@@ -108,16 +108,16 @@ def test_the_interval_is_the_percentile_bootstrap():
 def test_what_an_earlier_version_began_goes_on(tiny_folder, tmp_path):
     """A run whose configuration lacks a setting that there was not yet; one with another value is refused."""
     given = {"model": str(tiny_folder), "budget": 4, "reward": "jpeg-incompressibility"} | tiny.RUN
-    first = comparison.compare(["a fox"], ["random"], out=tmp_path, **given)
+    first = compare(["a fox"], ["random"], out=tmp_path, **given)
     (path,) = tmp_path.glob("runs/*/*/run.json")
     run = json.loads(path.read_text())
     del run["config"]["anchor"]
     path.write_text(json.dumps(run))
-    assert comparison.compare(["a fox"], ["random"], out=tmp_path, **given) == first
+    assert compare(["a fox"], ["random"], out=tmp_path, **given) == first
     run["config"]["anchor"] = True
     path.write_text(json.dumps(run))
     with pytest.raises(BadInput, match="other settings"):
-        comparison.compare(["a fox"], ["random"], out=tmp_path, **given)
+        compare(["a fox"], ["random"], out=tmp_path, **given)
 
 
 def test_one_prompt_is_judged_by_its_repeats():
