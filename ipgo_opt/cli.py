@@ -298,7 +298,7 @@ def table1(
 def ablate(
     what: Annotated[
         str,
-        typer.Argument(help="basis, lengths, rotation, constraints, truncation, seeds, norm or learning-rate."),
+        typer.Argument(help="basis, lengths, rotation, constraints, truncation, seeds, anchor, norm or learning-rate."),
     ],
     prompts: Prompts = None,
     method: Annotated[str, typer.Option(help="Whose seeds or learning rate; the others are IPGO's.")] = "ipgo",

@@ -41,6 +41,14 @@ ABLATIONS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
         "1 seed": {}, **{f"{n} seeds": {"search_seeds": n} for n in (2, 4, 8)},
         "1 seed, chosen first": {"seed_share": 0.33}, "4 seeds, chosen first": {"search_seeds": 4, "seed_share": 0.33},
     }),
+    "anchor": ("as in the paper", {
+        "as in the paper": {"anchor": False, "scale": 1.0},
+        "attending (IPGO+)": {"anchor": False, "scale": 1.0, "attend": True},
+        "anchored": {"anchor": True},
+        "anchored, scale 1": {"anchor": True, "scale": 1.0},
+        "anchored, 10 + 10 tokens": {"anchor": True, "prefix": 10, "suffix": 10},
+        "anchored, 4 seeds chosen first": {"anchor": True, "search_seeds": 4, "seed_share": 0.33},
+    }),
     "norm": ("1 × scale", {f"{factor:g} × scale": {"scale": factor} for factor in FACTORS}),
     "learning-rate": (
         "1 × learning rate", {f"{factor:g} × learning rate": {"learning_rate": factor} for factor in FACTORS}
@@ -49,7 +57,8 @@ ABLATIONS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
 """The paper's ablations of IPGO: the variant that the others are compared with, and every variant's settings.
 
 `constraints` are V(alue), C(onformity) and O(rthonormality); K counts the last denoising steps that are differentiated;
-`seeds` spends the same images on fewer updates over more seeds, or on choosing the seeds first; of `norm` and
+`seeds` spends the same images on fewer updates over more seeds, or on choosing the seeds first; `anchor` adds the
+prompt's mean state to the tokens; of `norm` and
 `learning-rate` the settings are factors on what the model's defaults are."""
 
 OF_ANY_METHOD = ("seeds", "learning-rate")
