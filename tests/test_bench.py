@@ -22,7 +22,7 @@ import worker
 from ipgo_opt import BadInput
 from ipgo_opt.bench.published import GROUPS, METHODS, TABLE, published
 from ipgo_opt.bench.runner import examine, run_all
-from ipgo_opt.bench.suites import ABLATIONS, ablation, groups, table1
+from ipgo_opt.bench.suites import ABLATIONS, ablation, groups, table1, with_shares
 from ipgo_opt.bench.tables import Grid, ablation_grid, cell_score, latex, markdown, page, table1_grids, versus
 from ipgo_opt.config import configure
 from ipgo_opt.models.sampler import Sampler
@@ -331,6 +331,13 @@ def test_variants_of_an_ablation_differ_in_what_they_say(what, tiny_folder, tmp_
     assert reference in part.solvers
     configs = [tuple(sorted(vars(cell.config).items())) for cell in part.cells]
     assert len(set(configs)) == len(configs) == len(variants)
+
+
+def test_who_has_no_seed_to_choose():
+    """Best-of-n and DDPO stand once in a table with shares, all others once for each share."""
+    found = with_shares(["ipgo", "ddpo", "best-of-n"], (0.0, 0.33))
+    assert list(found) == ["ipgo (0 for seeds)", "ipgo (0.33 for seeds)", "ddpo", "best-of-n"]
+    assert [own.get("seed_share") for own in found.values()] == [0.0, 0.33, None, None]
 
 
 def test_an_ablation_compares_with_its_reference(tiny_folder, tmp_path, redness):

@@ -125,11 +125,14 @@ def needs_gradient(settings: Mapping[str, Any]) -> bool:
 
 
 def with_shares(methods: Sequence[str], shares: Sequence[float]) -> dict[str, dict[str, Any]]:
-    """Settings of every method with every share of the budget for the choice of the seed, by label."""
+    """Settings of every method with every share of the budget for the choice of the seed, by label.
+
+    Best-of-n and policies have none to choose: each of their images has a seed of its own.
+    """
     out: dict[str, dict[str, Any]] = {}
     for method in methods:
         settings = solver_settings(method)
-        if settings.get("space") == "seeds":
+        if settings.get("space") == "seeds" or settings.get("strategy") == "policy":
             out[method] = settings
             continue
         for share in shares:
