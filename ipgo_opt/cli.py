@@ -84,7 +84,7 @@ SETTINGS: dict[str, tuple[Any, Any]] = {
     "rotation": (bool, _option("Rotate the tokens.", "--rotation/--no-rotation", setting="rotation")),
     "constraints": (str, _option("Of value, conformity and orthonormality, or none.", "--constraints")),
     "attend": (bool, _option("Let the tokens attend to the prompt first (IPGO+).", "--attend")),
-    "anchor": (bool, _option("Add the prompt's mean state to the tokens.", "--anchor/--no-anchor", setting="anchor")),
+    "anchor": (bool, _option("Add the prompt's mean state to the tokens; emoji has it for tokens that a gradient searches.", "--anchor/--no-anchor", setting="anchor")),
     "learning_rate": (float, _option("The gradient's step size.", "--learning-rate", "--lr", setting="learning_rate")),
     "decay": (float, _option("Factor on the learning rate.", "--decay")),
     "decay_every": (int, _option("Updates between two decays.", "--decay-every")),
@@ -259,6 +259,7 @@ Prompts = Annotated[list[str] | None, typer.Option(
 Limit = Annotated[int, typer.Option(help="Prompts of each file, from its beginning; 0 for all.")]
 Jobs = Annotated[int, typer.Option(help="Runs at the same time, each in a process of its own.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and stop.")]
+SoFar = Annotated[bool, typer.Option("--so-far", help="Write the tables of what is finished by now, and stop.")]
 Suite = Annotated[Path | None, typer.Option("--out", help="Directory. [default: runs/bench-SUITE]", show_default=False)]
 
 
@@ -277,6 +278,7 @@ def table1(
     limit: Limit = 0,
     jobs: Jobs = 1,
     dry_run: DryRun = False,
+    so_far: SoFar = False,
     out: Suite = None,
     **settings: Any,
 ) -> None:
@@ -290,7 +292,7 @@ def table1(
         groups(prompts, limit), _names(rewards), _names(methods), folder,
         seed_shares=numbers(seed_shares), repeats=repeats, **given,
     )  # fmt: skip
-    _bench("table1", "Table 1", folder, parts, lambda entries: table1_grids(parts, entries), jobs, dry_run)
+    _bench("table1", "Table 1", folder, parts, lambda entries: table1_grids(parts, entries), jobs, dry_run, so_far)
 
 
 @bench.command()
@@ -306,6 +308,7 @@ def ablate(
     limit: Limit = 0,
     jobs: Jobs = 1,
     dry_run: DryRun = False,
+    so_far: SoFar = False,
     out: Suite = None,
     **settings: Any,
 ) -> None:
@@ -328,6 +331,7 @@ def ablate(
         lambda entries: [ablation_grid(part, entries, reference)],
         jobs,
         dry_run,
+        so_far,
     )
 
 
@@ -336,10 +340,10 @@ def _names(text: str) -> list[str]:
 
 
 def _bench(
-    stem: str, title: str, folder: Path, parts: Any, grids: Callable[[Any], Any], jobs: int, dry_run: bool
+    stem: str, title: str, folder: Path, parts: Any, grids: Callable[[Any], Any], jobs: int, dry_run: bool, so_far: bool
 ) -> None:
     """Says what a suite costs, runs it and writes its tables."""
-    from ipgo_opt.bench.runner import examine, run_all
+    from ipgo_opt.bench.runner import examine, run_all, what_is_finished
     from ipgo_opt.bench.tables import markdown, write
     from ipgo_opt.display import Comparison
     from ipgo_opt.store import Store
@@ -347,7 +351,10 @@ def _bench(
     print(examine(parts, timed=dry_run).text(jobs), file=sys.stderr)
     if dry_run:
         return
-    store, watcher = Store(folder), Comparison()
+    if so_far:
+        parts = what_is_finished(parts)
+    # another process may be running what is left: only who runs takes the lock
+    store, watcher = None if so_far else Store(folder), Comparison()
     try:
         entries, failures = run_all(parts, jobs=jobs, watcher=watcher)
         about = f"`{_command_line()}`"
@@ -355,7 +362,8 @@ def _bench(
         files = write(folder, stem, title, about, made, parts, entries)
     finally:
         watcher.stop()
-        store.close()
+        if store is not None:
+            store.close()
     print(markdown(made))
     print(f"{folder}/{', '.join(files)}", file=sys.stderr)
     if failures:

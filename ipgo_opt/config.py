@@ -367,6 +367,7 @@ candidates in batches, and a third of the budget for the seed, the strongest coo
 
 SHARED_DEFAULTS: dict[str, Any] = {
     "search_seeds": 1, "seed_share": 0.0, "decay": 1.0, "held_out": 1, "patience": 5, "judge_tolerance": 0.1,
+    "anchor": False,
 }  # fmt: skip
 """What shared tokens want on every model: the paper's constant learning rate, a seed of its own for each image, and an
 end when the validation prompts gain no more or lose what they show (a reward that is climbed for long is hacked)."""
@@ -395,12 +396,14 @@ and 8 words; DRaFT's step for SD 1.4, constant."""
 
 EMBEDDED_SPACE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "emoji": {
+        "tokens": {"anchor": True},
         "embedding": {"learning_rate": 0.1},
         "lora": {"learning_rate": 1e-2},
         "noise": {"learning_rate": 20.0},
     },
 }
-"""The same by embedded model: its tokens are larger, its adapter smaller, its noise bears longer steps."""
+"""The same by embedded model: tokens of a small norm draw attention away from its prompt, on the prompt's mean state
+they do not (docs/benchmarks.md); its tokens are larger, its adapter smaller, its noise bears longer steps."""
 
 NOISE_SPACES = ("noise", "tokens+noise")
 """Spaces that the gradient reaches through every sampler step."""
@@ -466,14 +469,14 @@ def configure(prompt: str, **given: Any) -> RunConfig:
     else:
         defaults |= BLACK_BOX_DEFAULTS | {"scale": STATE_SCALES.get(model, 1.0)}
         defaults |= STRATEGY_DEFAULTS.get(str(chosen["strategy"]), {})
-    if chosen.get("anchor"):
-        defaults["scale"] = STATE_SCALES.get(model, 1.0)
     if chosen.get("task") == "attack":  # of the prompt, not of the seed
         defaults["seed_share"] = 0.0
     if chosen.get("shared"):
         defaults |= SHARED_DEFAULTS
         defaults.pop("budget", None)
         chosen |= _split(chosen)
+    if (defaults | chosen).get("anchor"):
+        defaults["scale"] = STATE_SCALES.get(model, 1.0)
     config = RunConfig(prompt, **(defaults | chosen))
     if config.shared and "budget" not in chosen:
         config = dataclasses.replace(config, budget=_epochs(config, EPOCHS))

@@ -17,7 +17,10 @@ class Method:
 
 
 METHODS = {
-    "ipgo": Method("IPGO (arXiv 2503.21812): tokens × gradient", {"space": "tokens", "strategy": "gradient"}),
+    "ipgo": Method(
+        "IPGO by the paper's equations (arXiv 2503.21812): tokens × gradient",
+        {"space": "tokens", "strategy": "gradient", "anchor": False, "scale": 1.0},
+    ),
     "ipgo-anchored": Method(
         "IPGO whose tokens stand on the prompt's mean state: tokens × gradient",
         {"space": "tokens", "strategy": "gradient", "anchor": True},
@@ -39,7 +42,8 @@ METHODS = {
     ),
     "reno": Method("ReNO (arXiv 2406.04312): noise × gradient", {"space": "noise", "strategy": "gradient"}),
     "reno+ipgo": Method(
-        "ReNO and IPGO together: tokens+noise × gradient", {"space": "tokens+noise", "strategy": "gradient"}
+        "ReNO and IPGO together: tokens+noise × gradient",
+        {"space": "tokens+noise", "strategy": "gradient", "anchor": False, "scale": 1.0},
     ),
     "pez": Method("PEZ (arXiv 2302.03668): hard-tokens × gradient", {"space": "hard-tokens", "strategy": "gradient"}),
     "dpo-diff": Method(

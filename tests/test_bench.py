@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -18,12 +19,13 @@ import numpy as np
 import pytest
 import tiny
 import worker
+from PIL import Image
 
 from ipgo_opt import BadInput
 from ipgo_opt.bench.published import GROUPS, METHODS, TABLE, published
 from ipgo_opt.bench.runner import examine, run_all
 from ipgo_opt.bench.suites import ABLATIONS, ablation, groups, table1, with_shares
-from ipgo_opt.bench.tables import Grid, ablation_grid, cell_score, latex, markdown, page, table1_grids, versus
+from ipgo_opt.bench.tables import Grid, ablation_grid, cell_score, latex, markdown, page, sheets, table1_grids, versus
 from ipgo_opt.config import configure
 from ipgo_opt.models.sampler import Sampler
 
@@ -101,7 +103,7 @@ def test_the_overview_has_differences_prompt_by_prompt(suite, redness):
     grid = next(g for g in table1_grids(parts, entries) if g.title.endswith("redness: what is found, and what of it "
                                                                             "holds on fresh seeds"))  # fmt: skip
     assert grid.header[2:] == (
-        "best: minus raw", "best: minus best-of-n", "held out: minus raw", "judge: minus raw"
+        "search: minus raw", "search: minus best-of-n", "held out: minus raw", "judge: minus raw"
     )  # fmt: skip
     own = [entry for entry in entries if entry["reward_spec"] == redness]
     best = {(entry["solver"], entry["prompt"]): entry["best"] for entry in own}
@@ -133,6 +135,20 @@ def test_a_table_turned():
     assert turned.header == ("prompts", "one", "two", "all")
     assert turned.rows == (("a", "1", "3", "5"), ("b", "2", "4", "6"))
     assert {turned.rows[r][c] for r, c in turned.bold} == {"2", "3"}
+
+
+def test_a_sheet_shows_what_the_solvers_found(suite, redness):
+    """Of every reward: raw and best images of the first prompt of each group, as they are on disk."""
+    _, parts, _ = suite
+    made = sheets(parts)
+    assert list(made) == [redness, "jpeg-incompressibility"]
+    picture = np.asarray(Image.open(io.BytesIO(made[redness])).convert("RGB"))
+    assert picture.shape[:2] == (16 + 2 * (128 + 16 + 6), 6 * (128 + 6))
+    cells = [cell for cell in parts[1].cells if cell.prompt == "a dog"]
+    for column, path in enumerate([cells[0].folder / "raw.png", *(cell.folder / "best.png" for cell in cells)]):
+        tile = Image.open(path).convert("RGB").resize((128, 128), Image.Resampling.BICUBIC)
+        top, left = 16 + 150 + 16, column * 134
+        assert np.array_equal(picture[top : top + 128, left : left + 128], np.asarray(tile))
 
 
 def test_wins_and_gains_are_paired():

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,11 @@ def finished(cell: Cell) -> bool:
     if not (cell.folder / "run.json").exists():
         return False
     return bool(read_run(cell.folder)["status"] == "finished")
+
+
+def what_is_finished(parts: Sequence[Part]) -> list[Part]:
+    """The parts with nothing but the cells whose runs are over."""
+    return [replace(part, cells=tuple(cell for cell in part.cells if finished(cell))) for part in parts]
 
 
 def examine(parts: Sequence[Part], *, timed: bool = False) -> Plan:

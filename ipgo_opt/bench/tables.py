@@ -17,6 +17,7 @@ import numpy as np
 from ipgo_opt.bench.published import published
 from ipgo_opt.bench.suites import Part
 from ipgo_opt.comparison import interval, table_csv
+from ipgo_opt.grid import grid as tiled
 from ipgo_opt.report import STYLE
 from ipgo_opt.rewards.base import shown
 
@@ -24,6 +25,9 @@ FIELDS = {
     "best": "search reward", "held_out": "reward on held-out seeds", "judge": "held-out judge on held-out seeds",
 }  # fmt: skip
 """What a run is judged by, in the order in which the tables stand."""
+
+SHORT = {"best": "search", "held_out": "held out", "judge": "judge"}
+"""The same for narrow columns."""
 
 RAW = {"best": "raw", "held_out": "held_out_raw", "judge": "judge_raw"}
 """The same of the raw prompt."""
@@ -147,7 +151,7 @@ def _overview(title: str, runs: list[dict[str, Any]], solvers: Sequence[str]) ->
             "–" if solver == other else difference(paired(runs, solver, other, name), 3) for name, other in asked
         )
         rows.append((solver, _score(cell_score(own, "best")), *differences))
-    header = ("all prompts", "search reward", *(f"{name.replace('_', ' ')}: minus {other}" for name, other in asked))
+    header = ("all prompts", "search reward", *(f"{SHORT[name]}: minus {other}" for name, other in asked))
     return Grid(f"{title}: what is found, and what of it holds on fresh seeds", header, tuple(rows))
 
 
@@ -164,7 +168,7 @@ def _against(title: str, runs: Sequence[dict[str, Any]], solvers: Sequence[str],
                 _share(against[name]["wins"]), _share(against[name]["gain"], signed=True),
             )),
         ))  # fmt: skip
-    header = (f"{ours} against", *(text for name in ("search", "held out", "judge")
+    header = (f"{ours} against", *(text for name in SHORT.values()
                                    for text in (f"wins, {name}", f"gain, {name}")))  # fmt: skip
     return Grid(f"{title}: {ours} against each, prompt by prompt", header, tuple(rows))
 
@@ -202,7 +206,7 @@ def ablation_grid(part: Part, entries: Sequence[dict[str, Any]], reference: str)
             solver, *(_score(cell_score(of, name)) for name in FIELDS),
             *("–" if solver == reference else difference(paired(runs, solver, reference, name), 3) for name in FIELDS),
         ))  # fmt: skip
-    header = ("variant", *FIELDS.values(), *(f"{name} minus {reference}" for name in ("search", "held out", "judge")))
+    header = ("variant", *FIELDS.values(), *(f"{name} minus {reference}" for name in SHORT.values()))
     return Grid(f"{part.group}, reward {shown(part.reward)}", header, tuple(rows))
 
 
@@ -260,19 +264,45 @@ def page(title: str, about: str, grids: Sequence[Grid], parts: Sequence[Part]) -
     )
 
 
+def _pictures(part: Part) -> tuple[str, dict[str, Path]]:
+    """A part's first prompt, and its raw image and every solver's best one by what they are called."""
+    first = [cell for cell in part.cells if cell.prompt == part.cells[0].prompt and cell.repeat == 0]
+    files = {"raw": first[0].folder / "raw.png"} | {cell.solver: cell.folder / "best.png" for cell in first}
+    return first[0].prompt, files
+
+
+def sheets(parts: Sequence[Part]) -> dict[str, bytes]:
+    """For every reward a PNG: a row for the first prompt of each group, raw and every solver's best image."""
+    from PIL import Image
+
+    out = {}
+    for reward in dict.fromkeys(part.reward for part in parts):
+        of = {part.group: _pictures(part) for part in parts if part.reward == reward and part.cells}
+        whole = {
+            group: (prompt, files) for group, (prompt, files) in of.items() if all(map(Path.exists, files.values()))
+        }
+        if not whole:
+            continue
+        columns = [name.replace(" (", " @").replace(" for seeds)", "") for name in next(iter(whole.values()))[1]]
+        rows = [[Image.open(path) for path in files.values()] for _, files in whole.values()]
+        buffer = io.BytesIO()
+        tiled(rows, columns, [f"{group}: {prompt}" for group, (prompt, _) in whole.items()]).save(buffer, "PNG")
+        out[reward] = buffer.getvalue()
+    return out
+
+
 def _strip(part: Part) -> str:
     """Raw and every solver's best image of a part's first prompt."""
     if not part.cells:
         return ""
-    first = [cell for cell in part.cells if cell.prompt == part.cells[0].prompt and cell.repeat == 0]
-    pictures = [("raw", first[0].folder / "raw.png"), *((cell.solver, cell.folder / "best.png") for cell in first)]
+    prompt, pictures = _pictures(part)
     figures = "".join(
         f'<figure><img alt="{html.escape(name)}" src="data:image/png;base64,'
         f'{base64.b64encode(path.read_bytes()).decode()}"><figcaption>{html.escape(name)}</figcaption></figure>'
-        for name, path in pictures
+        for name, path in pictures.items()
         if path.exists()
     )
-    return f"<h3>{html.escape(f'{part.group}, {shown(part.reward)}: {first[0].prompt}')}</h3>{figures}"
+    return f"<h3>{html.escape(f'{part.group}, {shown(part.reward)}: {prompt}')}</h3>{figures}"
 
 
 def grids_csv(grids: Sequence[Grid]) -> str:
@@ -296,8 +326,8 @@ def write(
     parts: Sequence[Part],
     entries: list[dict[str, Any]],
 ) -> list[str]:
-    """STEM.md, .tex, .html, .csv with the tables and runs.csv with every run; the names of the files."""
-    from ipgo_opt.store import write_whole
+    """STEM.md, .tex, .html, .csv with the tables, STEM-REWARD.png, and runs.csv with every run; the files' names."""
+    from ipgo_opt.store import slug, write_whole
 
     files = {
         f"{stem}.md": f"# {title}\n\n{about}\n\n{markdown(grids)}",
@@ -309,4 +339,7 @@ def write(
         files["runs.csv"] = table_csv(entries)
     for name, text in files.items():
         write_whole(out / name, text.encode())
-    return list(files)
+    pictures = {f"{stem}-{slug(reward)}.png": data for reward, data in sheets(parts).items()}
+    for name, data in pictures.items():
+        write_whole(out / name, data)
+    return [*files, *pictures]
