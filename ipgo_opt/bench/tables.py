@@ -127,7 +127,7 @@ def table1_grids(parts: Sequence[Part], entries: Sequence[dict[str, Any]]) -> li
         grids.append(_overview(shown(reward), runs, solvers))
         for name, meaning in FIELDS.items():
             grids.append(_groups_grid(f"{shown(reward)}: {meaning}", own, runs, solvers, name))
-        grids += [_against(shown(reward), runs, solvers, ours) for ours in solvers if _method(ours) == "ipgo"]
+        grids += [_against(shown(reward), runs, solvers, ours) for ours in solvers if _method(ours).startswith("ipgo")]
     return grids
 
 
