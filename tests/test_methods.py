@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ OWN: dict[str, dict[str, Any]] = {
     "draft-1": {"rank": 2}, "draft-lv": {"rank": 2}, "pez": {"suffix": 2, "prefix": 0, "learning_rate": 0.5},
     "reno": {"grad_steps": 3, "learning_rate": 5.0}, "reno+ipgo": {"grad_steps": 3}, "best-of-n": {"seed_share": 1.0},
     "ddpo": {"rank": 2, "scheduler": "DDIMScheduler", "eta": 1.0, "batch_size": 3},
+    **{name: {"words": str(Path(__file__).parent / "words.json")} for name in ("dpo-diff", "gpo", "epo")},
 }  # fmt: skip
 """What the tiny pipeline wants beside tiny.RUN."""
 
