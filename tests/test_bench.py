@@ -25,7 +25,18 @@ from ipgo_opt import BadInput
 from ipgo_opt.bench.published import GROUPS, METHODS, TABLE, published
 from ipgo_opt.bench.runner import examine, run_all
 from ipgo_opt.bench.suites import ABLATIONS, ablation, groups, table1, with_shares
-from ipgo_opt.bench.tables import Grid, ablation_grid, cell_score, latex, markdown, page, sheets, table1_grids, versus
+from ipgo_opt.bench.tables import (
+    Grid,
+    ablation_grid,
+    cell_score,
+    latex,
+    markdown,
+    page,
+    sheets,
+    table1_grids,
+    versus,
+    with_raw,
+)
 from ipgo_opt.config import configure
 from ipgo_opt.models.sampler import Sampler
 
@@ -117,6 +128,22 @@ def test_the_overview_has_differences_prompt_by_prompt(suite, redness):
         for text, differences in zip(row[2:], found, strict=False):
             assert text == "–" or text.startswith(f"{np.mean(differences):+.3f} [")
         assert row[5] == "–"  # there is no judge
+
+
+def test_a_policys_own_raw_image_is_not_everybodys(tiny_folder, tmp_path, redness):
+    """DDPO samples with fresh noise: it is compared with its own raw image, and the others' is the table's."""
+    given = {name: value for name, value in SETTINGS.items() if name not in ("batch_size", "scheduler")}
+    parts = table1({"one": ["a fox", "a cat"]}, [redness], ["ddpo", "random"], tmp_path,
+                   model=str(tiny_folder), **given | {"rank": 2})  # fmt: skip
+    entries, failures = run_all(parts)
+    assert not failures
+    raw = {name: [e["raw"] for e in entries if e["solver"] == name] for name in ("ddpo", "random")}
+    assert raw["ddpo"] != raw["random"]
+    assert [e["raw"] for e in with_raw(parts[0], entries) if e["solver"] == "raw"] == raw["random"]
+    overview = table1_grids(parts, entries)[0]
+    row = next(row for row in overview.rows if row[0] == "ddpo")
+    gain = np.mean([e["best"] - e["raw"] for e in entries if e["solver"] == "ddpo"])
+    assert row[2].startswith(f"{gain:+.3f}")
 
 
 def test_ipgo_is_compared_at_its_own_share(suite, redness):

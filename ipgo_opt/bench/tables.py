@@ -69,9 +69,14 @@ def _score(found: tuple[float, float, int] | None, digits: int = 3) -> str:
 
 
 def with_raw(part: Part, entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The runs of a part, and one of the solver `raw` for each prompt and repeat: what all of them started from."""
+    """The runs of a part, and one of the solver `raw` for each prompt and repeat: what all of them started from.
+
+    A policy samples in a way of its own, and so has another raw image: its is taken only if there is no other.
+    """
     own = [e for e in entries if e["group"] == part.group and e["reward_spec"] == part.reward]
-    first = {(e["prompt"], e["repeat"]): e for e in reversed(own)}
+    policies = {cell.solver for cell in part.cells if cell.config.strategy == "policy"}
+    ranked = sorted(own, key=lambda e: e["solver"] in policies)
+    first = {(e["prompt"], e["repeat"]): e for e in reversed(ranked)}
     raw = [{**e, "solver": "raw", **{name: e[start] for name, start in RAW.items()}} for e in first.values()]
     return [*raw, *own]
 
@@ -137,18 +142,26 @@ def _method(solver: str) -> str:
 
 
 def _overview(title: str, runs: list[dict[str, Any]], solvers: Sequence[str]) -> Grid:
-    """Over all prompts: what each solver finds, against best-of-n where that took part, and what becomes of it."""
+    """Over all prompts: what each solver finds, against best-of-n where that took part, and what becomes of it.
+
+    Each is compared with the raw prompt as it samples it itself.
+    """
     from ipgo_opt.comparison import paired
     from ipgo_opt.display import difference
 
-    yardstick = "best-of-n" if "best-of-n" in solvers else "raw"
-    asked = (("best", "raw"), *([("best", yardstick)] if yardstick != "raw" else []), ("held_out", "raw"),
-             ("judge", "raw"))  # fmt: skip
+    own_raw = [{**run, "solver": f"raw {run['solver']}", **{name: run[start] for name, start in RAW.items()}}
+               for run in runs if run["solver"] != "raw"]  # fmt: skip
+    both = runs + own_raw
+    yardstick = [("best", "best-of-n")] if "best-of-n" in solvers else []
+    asked = (("best", "raw"), *yardstick, ("held_out", "raw"), ("judge", "raw"))
     rows = []
     for solver in solvers:
         own = [run for run in runs if run["solver"] == solver]
         differences = (
-            "–" if solver == other else difference(paired(runs, solver, other, name), 3) for name, other in asked
+            "–"
+            if solver == other
+            else difference(paired(both, solver, f"raw {solver}" if other == "raw" else other, name), 3)
+            for name, other in asked
         )
         rows.append((solver, _score(cell_score(own, "best")), *differences))
     header = ("all prompts", "search reward", *(f"{SHORT[name]}: minus {other}" for name, other in asked))
