@@ -137,9 +137,9 @@ def test_a_policys_own_raw_image_is_not_everybodys(tiny_folder, tmp_path, rednes
                    model=str(tiny_folder), **given | {"rank": 2})  # fmt: skip
     entries, failures = run_all(parts)
     assert not failures
-    raw = {name: [e["raw"] for e in entries if e["solver"] == name] for name in ("ddpo", "random")}
+    raw = {name: {e["prompt"]: e["raw"] for e in entries if e["solver"] == name} for name in ("ddpo", "random")}
     assert raw["ddpo"] != raw["random"]
-    assert [e["raw"] for e in with_raw(parts[0], entries) if e["solver"] == "raw"] == raw["random"]
+    assert {e["prompt"]: e["raw"] for e in with_raw(parts[0], entries) if e["solver"] == "raw"} == raw["random"]
     overview = table1_grids(parts, entries)[0]
     row = next(row for row in overview.rows if row[0] == "ddpo")
     gain = np.mean([e["best"] - e["raw"] for e in entries if e["solver"] == "ddpo"])
