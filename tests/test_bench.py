@@ -38,6 +38,7 @@ from ipgo_opt.bench.tables import (
     with_raw,
 )
 from ipgo_opt.config import configure
+from ipgo_opt.methods import method_settings
 from ipgo_opt.models.sampler import Sampler
 
 SETTINGS: dict[str, Any] = {
@@ -369,7 +370,8 @@ def test_variants_of_an_ablation_differ_in_what_they_say(what, tiny_folder, tmp_
     big = SETTINGS | {"budget": 40, "num_inference_steps": 6}
     small = {"basis_size": 1} if what == "lengths" else {}
     part = ablation(
-        what, ["a fox"], folder=tmp_path, reward="clip", model="emoji", **big | {"basis_size": 2, **small},
+        what, ["a fox"], folder=tmp_path, reward="clip", model="emoji",
+        **method_settings("ipgo") | big | {"basis_size": 2, **small},
     )  # fmt: skip
     assert reference in part.solvers
     configs = [tuple(sorted(vars(cell.config).items())) for cell in part.cells]

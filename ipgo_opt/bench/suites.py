@@ -44,10 +44,10 @@ ABLATIONS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "anchor": ("as in the paper", {
         "as in the paper": {"anchor": False, "scale": 1.0},
         "attending (IPGO+)": {"anchor": False, "scale": 1.0, "attend": True},
-        "anchored": {"anchor": True},
+        "anchored": {"anchor": True, "scale": None},
         "anchored, scale 1": {"anchor": True, "scale": 1.0},
-        "anchored, 10 + 10 tokens": {"anchor": True, "prefix": 10, "suffix": 10},
-        "anchored, 4 seeds chosen first": {"anchor": True, "search_seeds": 4, "seed_share": 0.33},
+        "anchored, 10 + 10 tokens": {"anchor": True, "scale": None, "prefix": 10, "suffix": 10},
+        "anchored, 4 seeds chosen first": {"anchor": True, "scale": None, "search_seeds": 4, "seed_share": 0.33},
     }),
     "norm": ("1 × scale", {f"{factor:g} × scale": {"scale": factor} for factor in FACTORS}),
     "learning-rate": (
@@ -58,7 +58,7 @@ ABLATIONS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
 
 `constraints` are V(alue), C(onformity) and O(rthonormality); K counts the last denoising steps that are differentiated;
 `seeds` spends the same images on fewer updates over more seeds, or on choosing the seeds first; `anchor` adds the
-prompt's mean state to the tokens; of `norm` and
+prompt's mean state to the tokens (a scale of None is the model's default for such tokens); of `norm` and
 `learning-rate` the settings are factors on what the model's defaults are."""
 
 OF_ANY_METHOD = ("seeds", "learning-rate")
