@@ -22,6 +22,7 @@ import worker
 from PIL import Image
 
 from ipgo_opt import BadInput
+from ipgo_opt.bench import runner
 from ipgo_opt.bench.published import GROUPS, METHODS, TABLE, published
 from ipgo_opt.bench.runner import examine, run_all
 from ipgo_opt.bench.suites import ABLATIONS, ablation, groups, table1, with_shares
@@ -335,6 +336,7 @@ def test_prompts_go_side_by_side_and_raw_images_are_made_once(tiny_folder, tmp_p
 
     parts = table1(PROMPTS, [redness], ["random", "best-of-n"], tmp_path, model=str(tiny_folder), **SETTINGS)
     monkeypatch.setattr(Sampler, "generate", counted)
+    monkeypatch.setattr(runner, "_loaded", {})  # other tests have made some of them
     entries, _ = run_all(parts)
     artefacts = [1, 1, 1]
     of_random = [3, 3, 3, 3, 3, 6, 6, *artefacts]  # raw, four candidates, two fresh seeds raw and best
