@@ -67,11 +67,12 @@ def main() -> None:
         }
         results = {key: work.result() for key, work in pending.items()}
     one = results[cells[0]]
-    extra = " ".join(args.set)
+    extra = f" --rewards {' '.join(args.rewards)}" if args.rewards != list(REWARDS) else ""
+    extra += f" --set {' '.join(args.set)}" if args.set else ""
     lines = [
         "# First light: does it work?",
         "",
-        f"Produced by `python -m benchmarks.first_light{' --set ' + extra if extra else ''}` (defaults otherwise: "
+        f"Produced by `python -m benchmarks.first_light{extra}` (defaults otherwise: "
         f"{one['images']} images per search, seed 0; {one['held_out']['n']} fresh seeds with the same tokens).",
         "",
         "`search` is the best reward on the searched seeds (raw: on the first ones), `held-out` the mean over fresh "
