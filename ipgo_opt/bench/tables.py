@@ -296,7 +296,9 @@ def sheets(parts: Sequence[Part]) -> dict[str, bytes]:
         }
         if not whole:
             continue
-        columns = [name.replace(" (", " @").replace(" for seeds)", "") for name in next(iter(whole.values()))[1]]
+        shown_solvers = list(next(iter(whole.values()))[1])
+        whole = {group: one for group, one in whole.items() if list(one[1]) == shown_solvers}  # others are under way
+        columns = [name.replace(" (", " @").replace(" for seeds)", "") for name in shown_solvers]
         rows = [[Image.open(path) for path in files.values()] for _, files in whole.values()]
         buffer = io.BytesIO()
         tiled(rows, columns, [f"{group}: {prompt}" for group, (prompt, _) in whole.items()]).save(buffer, "PNG")
