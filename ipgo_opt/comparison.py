@@ -216,10 +216,10 @@ def check_settings(cell: Cell) -> bool:
     if not (cell.folder / "run.json").exists():
         return False
     try:
-        known = _json(RunConfig(**read_run(cell.folder)["config"]))  # an earlier version had fewer settings
+        known = RunConfig(**read_run(cell.folder)["config"])  # an earlier version had fewer settings
     except (KeyError, TypeError):
         known = None
-    if known != _json(cell.config):
+    if known is None or _json(known.read()) != _json(cell.config.read()):
         raise BadInput(f"{str(cell.folder)!r} holds a run with other settings; choose another output directory.")
     return True
 
@@ -229,8 +229,8 @@ def given(config: RunConfig) -> dict[str, Any]:
     return {name: value for name, value in vars(config).items() if name not in ("prompt", "prompts", "shared")}
 
 
-def _json(config: RunConfig) -> Any:
-    return json.loads(json.dumps(vars(config)))
+def _json(settings: dict[str, Any]) -> Any:
+    return json.loads(json.dumps(settings))
 
 
 def _peak_memory(reset: bool = False) -> float | None:

@@ -124,7 +124,8 @@ class RunConfig:
             that returns their embeddings (n, D), as file.py:function or module:function.
         similarity_floor: least similarity of an attack's prompt to the raw one, a cosine.
         shortcut_start: share of the sampler's steps before the one at which the gradient of words is first taken.
-        promptist: folder or hub id of the causal language model that rephrases prompts.
+        promptist: folder or hub id of the causal language model that rephrases prompts, or "emoji", the embedded
+            model's.
         promptist_template: what it is given, with {prompt} in it.
         llm_model: the name of a language model at the endpoint in OPENAI_BASE_URL.
         llm_mode: "single" (one instruction, the same every time) or "history" (it sees its rewrites and their scores).
@@ -308,6 +309,17 @@ class RunConfig:
         """The embedded model's words."""
         return EMBEDDED[self.model] / "words.json" if self.model in EMBEDDED else None
 
+    @property
+    def asks(self) -> bool:
+        """Whether a language model at an endpoint is asked."""
+        return self.strategy == "llm" or (self.space == "words" and self.word_source() == "llm")
+
+    def read(self) -> dict[str, Any]:
+        """The settings that have a say in this run: those of language models that write no texts of it have none."""
+        silent = {"llm_": not self.asks, "promptist": self.strategy != "promptist"}
+        unread = tuple(prefix for prefix, yes in silent.items() if yes)
+        return {name: value for name, value in vars(self).items() if not (unread and name.startswith(unread))}
+
     def chat(self) -> Chat:
         """The language model."""
         from ipgo_opt.llm import Chat
@@ -339,6 +351,7 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
         "prefix": 2,
         "suffix": 2,
         "spread": 0.1,
+        "promptist": "emoji",
     },
 }
 """What a model of another size wants instead of the paper's settings, and why:
@@ -397,6 +410,7 @@ and 8 words; DRaFT's step for SD 1.4, constant."""
 EMBEDDED_SPACE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "emoji": {
         "tokens": {"anchor": True},
+        "tokens+noise": {"anchor": True},
         "embedding": {"learning_rate": 0.1},
         "lora": {"learning_rate": 1e-2},
         "noise": {"learning_rate": 20.0},
@@ -727,7 +741,7 @@ def check_texts(config: RunConfig) -> None:
             from ipgo_opt.rewards.similarity import prepare_similarity
 
             prepare_similarity(config.similarity, config.model in EMBEDDED)
-    if config.strategy == "llm" or (config.space == "words" and config.word_source() == "llm"):
+    if config.asks:
         from ipgo_opt.llm import require_endpoint
         from ipgo_opt.strategies.llm import MODES
 
@@ -738,9 +752,14 @@ def check_texts(config: RunConfig) -> None:
                 f"llm_model={config.llm_model!r}, llm_mode={config.llm_mode!r}, llm_timeout={config.llm_timeout}."
             )
     if config.strategy == "promptist":
-        from ipgo_opt.strategies.promptist import find_model
+        from ipgo_opt.strategies import promptist
 
-        find_model(config.promptist, config.promptist_template)
+        if config.promptist in promptist.EMBEDDED and config.model not in EMBEDDED:
+            raise BadInput(
+                f"the language model {config.promptist!r} knows the embedded model's world only, but got "
+                f"model={config.model!r}."
+            )
+        promptist.find_model(config.promptist, config.promptist_template)
 
 
 def check_judge(judge: str, reward: str, embedded: bool) -> list[str]:

@@ -42,8 +42,7 @@ METHODS = {
     ),
     "reno": Method("ReNO (arXiv 2406.04312): noise × gradient", {"space": "noise", "strategy": "gradient"}),
     "reno+ipgo": Method(
-        "ReNO and IPGO together: tokens+noise × gradient",
-        {"space": "tokens+noise", "strategy": "gradient", "anchor": False, "scale": 1.0},
+        "ReNO and IPGO together: tokens+noise × gradient", {"space": "tokens+noise", "strategy": "gradient"}
     ),
     "pez": Method("PEZ (arXiv 2302.03668): hard-tokens × gradient", {"space": "hard-tokens", "strategy": "gradient"}),
     "dpo-diff": Method(

@@ -21,6 +21,7 @@ from PIL import Image
 import ipgo_opt
 from ipgo_opt import BadInput, compare
 from ipgo_opt.comparison import interval, named, paired, plan, solver_settings
+from ipgo_opt.config import configure
 
 SETTINGS: dict[str, Any] = {
     **{name: value for name, value in tiny.RUN.items() if name != "seed_share"},
@@ -118,6 +119,16 @@ def test_what_an_earlier_version_began_goes_on(tiny_folder, tmp_path):
     path.write_text(json.dumps(run))
     with pytest.raises(BadInput, match="other settings"):
         compare(["a fox"], ["random"], out=tmp_path, **given)
+
+
+def test_settings_of_models_that_are_not_asked_do_not_matter(tiny_folder, tmp_path):
+    """A language model's name can be given when its column is added."""
+    given = {"model": str(tiny_folder), "budget": 4, "reward": "jpeg-incompressibility"} | tiny.RUN
+    first = compare(["a fox"], ["random"], out=tmp_path, **given)
+    assert compare(["a fox"], ["random"], out=tmp_path, llm_model="another", promptist="some/model", **given) == first
+    config = configure("a fox", strategy="promptist")
+    assert {"promptist", "promptist_template"} < set(config.read())
+    assert "llm_model" not in config.read()
 
 
 def test_one_prompt_is_judged_by_its_repeats():

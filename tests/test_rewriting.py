@@ -18,9 +18,11 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ipgo_opt import BadInput, Result, RunFailed, cli, optimize, resume
 from ipgo_opt.llm import Chat
+from ipgo_opt.models import EMBEDDED
 from ipgo_opt.rewards.goals import goal
 from ipgo_opt.store import Store
 from ipgo_opt.strategies.base import Exhausted, Problem
@@ -288,8 +290,6 @@ def rephrase(folder: Path, seed: int = 0, batch: int = 1) -> Promptist:
 
 def test_the_first_rewrites_are_the_beams(gpt2):
     """Those of transformers' own beam search with the paper's settings, without what the model was given."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     tokenizer, lm = AutoTokenizer.from_pretrained(gpt2), AutoModelForCausalLM.from_pretrained(gpt2)
     ids = tokenizer("a fox Rephrase:", return_tensors="pt").input_ids
     made = lm.generate(
@@ -329,7 +329,7 @@ def test_weights_that_are_missing(tmp_path, gpt2, monkeypatch):
     with pytest.raises(
         BadInput, match=r"'microsoft/Promptist' \(0.5 GB\).*get it with: hf download microsoft/Promptist"
     ):
-        optimize("a fox", strategy="promptist", out=tmp_path / "run")
+        optimize("a fox", strategy="promptist", promptist="microsoft/Promptist", out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
@@ -340,6 +340,51 @@ def test_weights_that_are_missing(tmp_path, gpt2, monkeypatch):
     ):
         with pytest.raises(BadInput, match=shown):
             find_model(name, template)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kept"),
+    [
+        ("a fox in the snow", {"fox", "snow"}),
+        ("a cat left of a rocket", {"cat", "left", "rocket"}),
+        ("three apples on a blue background", {"three", "apples", "blue"}),
+    ],
+)
+def test_the_embedded_rewriter_keeps_what_a_prompt_says(prompt, kept):
+    """In most of its beams; and all of its rewrites are in the world's words."""
+    solver = Promptist(
+        Problem(torch.zeros(1), torch.zeros(1), torch.full((1,), 30.0), 30, 1), [prompt], PromptistOptions("emoji")
+    )
+    written = solver.write() + solver.write()
+    assert sum(kept <= set(re.findall(r"\w+", text)) for text in written) > len(written) / 2
+    assert any(set(re.findall(r"\w+", text)) > set(re.findall(r"\w+", prompt)) for text in written)
+    pipeline = AutoTokenizer.from_pretrained(EMBEDDED["emoji"] / "tokenizer")
+    for text in written:  # every word of the world is one token of the image model
+        words = re.findall(r"\w+|,", text)
+        assert len(pipeline(text, add_special_tokens=False).input_ids) == len(words), text
+
+
+def test_the_embedded_rewriter_is_for_the_embedded_model(tiny_folder):
+    with pytest.raises(BadInput, match=f"'emoji' knows the embedded model's world only, .* model='{tiny_folder}'"):
+        run(tiny_folder, strategy="promptist", promptist="emoji")
+
+
+def test_a_fuller_caption_tells_all_that_the_bare_one_tells(monkeypatch):
+    """What the embedded rewriter is trained on."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent)
+    import numpy as np
+
+    from training.promptist import pair
+
+    rng, fuller = np.random.default_rng(0), 0
+    for _ in range(500):
+        bare, full = (set(re.findall(r"\w+", text)) - FRAME for text in pair(rng))
+        assert bare <= full
+        fuller += bare < full
+    assert fuller > 250
+
+
+FRAME = {"a", "an", "picture", "image", "photo", "of"}
 
 
 # Runs

@@ -19,6 +19,9 @@ from ipgo_opt.strategies.rewriting import Rewriting
 
 BEAMS, NEW_TOKENS, LENGTH_PENALTY = 8, 75, -1.0
 
+EMBEDDED = {"emoji": Path(__file__).parent / "emoji"}
+"""Models inside the package, by name: a GPT-2 of three layers for the embedded world (`training/promptist.py`)."""
+
 PUBLISHED = {"microsoft/Promptist": "0.5 GB"}
 """Sizes of weights, for people."""
 
@@ -28,7 +31,8 @@ class PromptistOptions:
     """Which model rephrases.
 
     Attributes:
-        model: a folder or a hub id of a transformers causal language model with safetensors weights.
+        model: one of EMBEDDED, or a folder or a hub id of a transformers causal language model with safetensors
+            weights.
         template: what it is given, with {prompt} in it.
         remote_code: whether code that the model brings may run.
 
@@ -43,7 +47,7 @@ def find_model(model: str, template: str) -> Path:
     """The folder of the model, or of its files in the hub's cache; BadInput if they are missing. Loads nothing."""
     if "{prompt}" not in template:
         raise BadInput(f"promptist_template must hold {{prompt}}, but got {template!r}.")
-    folder = Path(model).expanduser()
+    folder = EMBEDDED.get(model, Path(model).expanduser())
     if not folder.is_dir():
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.constants import HF_HUB_CACHE
