@@ -79,6 +79,7 @@ SETTINGS: dict[str, tuple[Any, Any]] = {
     "rank": (int, _option("Rank of the adapter.", "--rank")),
     "lora_targets": (str, _option("Layers that get an adapter: endings of names, with commas.", "--lora-targets")),
     "noise_weight": (float, _option("Factor on the noise's penalty beside gamma.", "--noise-weight")),
+    "noise_unit": (float, _option("Factor on the noise's steps beside the tokens'.", "--noise-unit")),
     "scale": (float, _option("Factor on the tokens.", "--scale")),
     "spread": (float, _option("Z starts within this bound.", "--spread")),
     "rotation": (bool, _option("Rotate the tokens.", "--rotation/--no-rotation", setting="rotation")),
@@ -300,7 +301,9 @@ def table1(
 def ablate(
     what: Annotated[
         str,
-        typer.Argument(help="basis, lengths, rotation, constraints, truncation, seeds, anchor, norm or learning-rate."),
+        typer.Argument(
+            help="basis, lengths, rotation, constraints, truncation, seeds, anchor, norm, noise or learning-rate."
+        ),
     ],
     prompts: Prompts = None,
     method: Annotated[str, typer.Option(help="Whose seeds or learning rate; the others are IPGO's.")] = "ipgo",

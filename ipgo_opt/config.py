@@ -96,6 +96,7 @@ class RunConfig:
         rank: of the adapter's matrices.
         lora_targets: endings of the names of the layers that get an adapter, separated by commas.
         noise_weight: factor on the noise's penalty beside the tokens'; with γ it is ReNO's 0.01.
+        noise_unit: what a coordinate of 1 adds to the noise, a factor on its steps beside the tokens'.
         scale: factor on the inserted tokens.
         spread: Z starts uniform in [−spread, spread].
         rotation: whether the tokens are rotated by R1 and R2.
@@ -172,6 +173,7 @@ class RunConfig:
     rank: int = 6
     lora_targets: str = "to_q,to_v"
     noise_weight: float = 10.0
+    noise_unit: float = 1.0
     scale: float = 1.0
     spread: float = 1.0
     rotation: bool = True
@@ -410,7 +412,7 @@ and 8 words; DRaFT's step for SD 1.4, constant."""
 EMBEDDED_SPACE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "emoji": {
         "tokens": {"anchor": True},
-        "tokens+noise": {"anchor": True},
+        "tokens+noise": {"anchor": True, "noise_unit": 10.0},
         "embedding": {"learning_rate": 0.1},
         "lora": {"learning_rate": 1e-2},
         "noise": {"learning_rate": 20.0},
@@ -569,6 +571,7 @@ def check(config: RunConfig) -> ModelSource:
         "eta",
         "gamma",
         "noise_weight",
+        "noise_unit",
         "clip_range",
         "scale",
         "spread",

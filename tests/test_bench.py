@@ -406,6 +406,7 @@ def test_an_ablation_compares_with_its_reference(tiny_folder, tmp_path, redness)
     ("what", "given", "said"),
     [
         ("basis", {"space": "lora"}, "of the spaces tokens, tokens.noise, but got space='lora'"),
+        ("noise", {}, "of the space tokens.noise, but got space='tokens'"),
         ("learning-rate", {"strategy": "random"}, "gradient and policy have a learning rate, but got 'random'"),
         ("bases", {}, "bases"),
     ],

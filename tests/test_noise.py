@@ -68,14 +68,16 @@ def test_the_penalty_is_the_chi_distributions(n):
 
 
 def test_one_change_serves_all_seeds():
-    """ε = noise(seed) + δ; the penalty is the mean over the seeds."""
+    """ε = noise(seed) + δ, where δ is the vector times its unit; the penalty is the mean over the seeds."""
     sampler = tiny.sampler()
-    made = NoiseSpace((4, tiny.LATENT, tiny.LATENT), weight=3.0)
+    made = NoiseSpace((4, tiny.LATENT, tiny.LATENT), weight=3.0, unit=0.5)
     x = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
     noise = sampler.noise([1, 2, 3])
     out, penalty = made.apply(x, replace(sampler.encode("a fox"), noise=noise[None]), full=True)
     for k in range(2):
-        changed = noise + x[k].view(4, tiny.LATENT, tiny.LATENT)
+        change = x[k].view(4, tiny.LATENT, tiny.LATENT) / 2
+        changed = noise + change
+        assert torch.equal(made.learned(x[k], full=True)["noise"], change)
         assert torch.equal(out.noise[k], changed)
         torch.testing.assert_close(penalty[k], 3 * norm_penalty(changed[None]).mean())
 

@@ -15,7 +15,7 @@ from ipgo_opt.registry import unknown
 from ipgo_opt.store import slug
 
 FACTORS = (0.1, 0.3, 1, 3, 10)
-"""On the size of a step, and on the tokens' norm."""
+"""On the size of a step, on the noise's beside the tokens', and on the tokens' norm."""
 
 LENGTHS = (0, 5, 10)
 """Tokens on each side in the paper's figure 7."""
@@ -53,18 +53,19 @@ ABLATIONS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "learning-rate": (
         "1 × learning rate", {f"{factor:g} × learning rate": {"learning_rate": factor} for factor in FACTORS}
     ),
+    "noise": ("1 × noise", {f"{factor:g} × noise": {"noise_unit": factor} for factor in FACTORS}),
 }  # fmt: skip
 """The paper's ablations of IPGO: the variant that the others are compared with, and every variant's settings.
 
 `constraints` are V(alue), C(onformity) and O(rthonormality); K counts the last denoising steps that are differentiated;
 `seeds` spends the same images on fewer updates over more seeds, or on choosing the seeds first; `anchor` adds the
-prompt's mean state to the tokens (a scale of None is the model's default for such tokens); of `norm` and
-`learning-rate` the settings are factors on what the model's defaults are."""
+prompt's mean state to the tokens (a scale of None is the model's default for such tokens); of `norm`, `learning-rate` and
+`noise` (how far the noise steps beside the tokens) the settings are factors on what the model's defaults are."""
 
 OF_ANY_METHOD = ("seeds", "learning-rate")
 """Ablations that are not of the tokens alone."""
 
-FACTORED = {"norm": "scale", "learning-rate": "learning_rate"}
+FACTORED = {"norm": "scale", "learning-rate": "learning_rate", "noise": "noise_unit"}
 """Ablations whose settings are factors, and of what."""
 
 TOKENS = ("tokens", "tokens+noise")
@@ -187,6 +188,8 @@ def ablation(
     usual = configure(prompts[0], reward=reward, **settings)
     if what not in OF_ANY_METHOD and usual.space not in TOKENS:
         raise BadInput(f"the ablation {what!r} is of the spaces {', '.join(TOKENS)}, but got space={usual.space!r}.")
+    if what == "noise" and usual.space != "tokens+noise":
+        raise BadInput(f"the ablation 'noise' is of the space tokens+noise, but got space={usual.space!r}.")
     if what == "learning-rate" and usual.strategy not in ("gradient", "policy"):
         raise BadInput(f"the strategies gradient and policy have a learning rate, but got {usual.strategy!r}.")
     variants = {label: dict(own) for label, own in ABLATIONS[what][1].items()}

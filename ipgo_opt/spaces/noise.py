@@ -34,7 +34,7 @@ def norm_penalty(noise: Tensor) -> Tensor:
 
 
 class NoiseSpace(Space):
-    """A change δ of the noise, the same for every seed: ε = noise(seed) + δ. The vector is δ, from 0, without bounds.
+    """A change δ of the noise, the same for every seed: ε = noise(seed) + δ. The vector is δ / u, from 0, without bounds.
 
     At the start every image is the raw prompt's own. With several search seeds one δ serves them all; ReNO is the case
     of one seed. The gradient reaches the noise through every sampler step, so all of them are differentiated.
@@ -42,19 +42,20 @@ class NoiseSpace(Space):
     Args:
         shape: of one image's noise, (…).
         weight: factor on the penalty.
+        unit: u, what a coordinate of 1 adds to the noise.
 
     """
 
     needs_noise: ClassVar[bool] = True
     bounded: ClassVar[bool] = False
 
-    def __init__(self, shape: tuple[int, ...], weight: float = 1.0) -> None:
-        self.shape, self.weight = shape, weight
+    def __init__(self, shape: tuple[int, ...], weight: float = 1.0, unit: float = 1.0) -> None:
+        self.shape, self.weight, self.unit = shape, weight, unit
 
     @classmethod
     def made(cls, config: RunConfig, sampler: Sampler) -> NoiseSpace:
         """The space for the noise of a sampler's model."""
-        return cls(tuple(sampler.noise([config.seed]).shape[1:]), config.noise_weight)
+        return cls(tuple(sampler.noise([config.seed]).shape[1:]), config.noise_weight, config.noise_unit)
 
     def coordinates(self, *, full: bool) -> Coordinates:
         """No change, and no bounds."""
@@ -69,13 +70,13 @@ class NoiseSpace(Space):
         """
         rows = conditioning.expand(len(x))
         assert rows.noise is not None
-        change = x.view(-1, 1, *self.shape).to(rows.noise).repeat_interleave(len(rows) // len(x), 0)
+        change = self.unit * x.view(-1, 1, *self.shape).to(rows.noise).repeat_interleave(len(rows) // len(x), 0)
         changed = rows.noise + change
         return replace(rows, noise=changed), self.weight * norm_penalty(changed).mean(1)
 
     def learned(self, x: Tensor, *, full: bool) -> dict[str, Tensor]:
         """The change "noise" (…) of a point x (D,)."""
-        return {"noise": x.view(self.shape)}
+        return {"noise": self.unit * x.view(self.shape)}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Nothing: the noise is that of the seeds."""
