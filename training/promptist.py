@@ -3,8 +3,8 @@
     python -m training.promptist
 
 Hao et al. (NeurIPS 2023) fine-tune GPT-2 on pairs of a bare and an elaborate prompt, then by PPO on what the images are
-worth, with a penalty on the distance to the fine-tuned model. Here a GPT-2 of three layers begins from nothing: pairs are
-a scene's bare caption and a fuller one, and a rewrite y of a prompt x is worth, as in the paper's equations 3 to 5,
+worth, with a penalty on the distance to the fine-tuned model. Here a GPT-2 of three layers begins from nothing: pairs
+are a scene's bare caption and a fuller one, and a rewrite y of a prompt x is worth, in the paper's form,
 
     min(4 (clip(x, image of y) − 0.74), 0) + aesthetic(image of y) − aesthetic(image of x),
 

@@ -59,8 +59,8 @@ ABLATIONS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
 
 `constraints` are V(alue), C(onformity) and O(rthonormality); K counts the last denoising steps that are differentiated;
 `seeds` spends the same images on fewer updates over more seeds, or on choosing the seeds first; `anchor` adds the
-prompt's mean state to the tokens (a scale of None is the model's default for such tokens); of `norm`, `learning-rate` and
-`noise` (how far the noise steps beside the tokens) the settings are factors on what the model's defaults are."""
+prompt's mean state to the tokens (a scale of None is the model's default for such tokens); of `norm`, `learning-rate`
+and `noise` (how far the noise steps beside the tokens) the settings are factors on what the model's defaults are."""
 
 OF_ANY_METHOD = ("seeds", "learning-rate")
 """Ablations that are not of the tokens alone."""

@@ -34,7 +34,7 @@ def norm_penalty(noise: Tensor) -> Tensor:
 
 
 class NoiseSpace(Space):
-    """A change δ of the noise, the same for every seed: ε = noise(seed) + δ. The vector is δ / u, from 0, without bounds.
+    """A change δ of the noise, the same for every seed: ε = noise(seed) + δ. The vector is δ / u, from 0, no bounds.
 
     At the start every image is the raw prompt's own. With several search seeds one δ serves them all; ReNO is the case
     of one seed. The gradient reaches the noise through every sampler step, so all of them are differentiated.
