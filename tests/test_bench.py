@@ -33,6 +33,7 @@ from ipgo_opt.bench.tables import (
     latex,
     markdown,
     page,
+    sheet,
     sheets,
     table1_grids,
     versus,
@@ -178,6 +179,13 @@ def test_a_sheet_shows_what_the_solvers_found(suite, redness):
         tile = Image.open(path).convert("RGB").resize((128, 128), Image.Resampling.BICUBIC)
         top, left = 16 + 150 + 16, column * 134
         assert np.array_equal(picture[top : top + 128, left : left + 128], np.asarray(tile))
+
+
+def test_a_sheet_of_many_solvers_has_them_as_rows():
+    tiles = [[Image.new("RGB", (128, 128), (10 * row, 10 * column, 0)) for column in range(12)] for row in range(2)]
+    picture = np.asarray(sheet(tiles, [f"s{n} (0.33 for seeds)" for n in range(12)], {"g": "a fox", "h": "a dog"}))
+    assert picture.shape[:2] == (16 + 12 * 150, 2 * 134)
+    assert picture[16 + 7 * 150 + 80, 134 + 64].tolist() == [10, 70, 0]
 
 
 def test_wins_and_gains_are_paired():

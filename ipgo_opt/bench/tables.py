@@ -7,10 +7,10 @@ import csv
 import html
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from ipgo_opt.comparison import interval, table_csv
 from ipgo_opt.grid import grid as tiled
 from ipgo_opt.report import STYLE
 from ipgo_opt.rewards.base import shown
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
 
 FIELDS = {
     "best": "search reward", "held_out": "reward on held-out seeds", "judge": "held-out judge on held-out seeds",
@@ -285,7 +288,7 @@ def _pictures(part: Part) -> tuple[str, dict[str, Path]]:
 
 
 def sheets(parts: Sequence[Part]) -> dict[str, bytes]:
-    """For every reward a PNG: a row for the first prompt of each group, raw and every solver's best image."""
+    """For every reward a PNG of the first prompt of each group, raw and every solver's best image; see `sheet`."""
     from PIL import Image
 
     out = {}
@@ -298,12 +301,19 @@ def sheets(parts: Sequence[Part]) -> dict[str, bytes]:
             continue
         shown_solvers = list(next(iter(whole.values()))[1])
         whole = {group: one for group, one in whole.items() if list(one[1]) == shown_solvers}  # others are under way
-        columns = [name.replace(" (", " @").replace(" for seeds)", "") for name in shown_solvers]
         rows = [[Image.open(path) for path in files.values()] for _, files in whole.values()]
         buffer = io.BytesIO()
-        tiled(rows, columns, [f"{group}: {prompt}" for group, (prompt, _) in whole.items()]).save(buffer, "PNG")
+        sheet(rows, shown_solvers, {group: prompt for group, (prompt, _) in whole.items()}).save(buffer, "PNG")
         out[reward] = buffer.getvalue()
     return out
+
+
+def sheet(rows: Sequence[Sequence[Picture]], solvers: Sequence[str], prompts: Mapping[str, str]) -> Picture:
+    """A row of images for each group's prompt, a column for each solver; the other way round for many solvers."""
+    short = [name.replace(" (", " @").replace(" for seeds)", "") for name in solvers]
+    if len(solvers) <= MOST_COLUMNS:
+        return tiled(rows, short, [f"{group}: {prompt}" for group, prompt in prompts.items()])
+    return tiled(list(zip(*rows, strict=True)), list(prompts), short)
 
 
 def _strip(part: Part) -> str:
