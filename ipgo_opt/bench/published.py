@@ -8,6 +8,9 @@ METHODS = ("ipgo", "raw", "draft-1", "ddpo", "dpo-diff", "promptist", "llm")
 GROUPS = ("person", "room", "vehicle", "natural scenes", "buildings", "diffusiondb", "pick-a-pic")
 """The rows: five categories of COCO (60 prompts each), DiffusionDB and Pick-a-Pic (300 each)."""
 
+SETS = {"people": "person", "rooms": "room", "vehicles": "vehicle", "nature": "natural scenes"}
+"""The sets of prompts that ship with the package and stand for a category of the paper under another name."""
+
 TABLE = {
     "clip": (
         (0.32, 0.26, 0.31, 0.29, 0.29, 0.26, 0.26),
@@ -41,7 +44,7 @@ TABLE = {
 
 def published(reward: str, group: str, method: str) -> float | None:
     """The paper's figure for a cell, or None if it has no such row or column."""
-    name = reward.partition(":")[0]
-    if name not in TABLE or group.lower() not in GROUPS or method not in METHODS:
+    name, row = reward.partition(":")[0], SETS.get(group.lower(), group.lower())
+    if name not in TABLE or row not in GROUPS or method not in METHODS:
         return None
-    return TABLE[name][GROUPS.index(group.lower())][METHODS.index(method)]
+    return TABLE[name][GROUPS.index(row)][METHODS.index(method)]

@@ -262,9 +262,8 @@ def latex(grids: Sequence[Grid]) -> str:
 
 
 def page(title: str, about: str, grids: Sequence[Grid], parts: Sequence[Part]) -> str:
-    """The tables on one page, after a strip of pictures for the first prompt of every part."""
+    """The tables on one page, and after them a strip of pictures for the first prompt of every part."""
     out = [f"<h1>{html.escape(title)}</h1><p><code>{html.escape(about.strip('`'))}</code></p>"]
-    out += [strip for part in parts if (strip := _strip(part))]
     for grid in grids:
         head = "".join(f"<th>{html.escape(text)}</th>" for text in grid.header)
         body = ""
@@ -273,6 +272,7 @@ def page(title: str, about: str, grids: Sequence[Grid], parts: Sequence[Part]) -
             cells = (f"<td><{tag}>{html.escape(text)}</{tag}></td>" for tag, text in zip(tags, row, strict=True))
             body += f"<tr>{''.join(cells)}</tr>"
         out.append(f"<h2>{html.escape(grid.title)}</h2><table><tr>{head}</tr>{body}</table>")
+    out += [strip for part in parts if (strip := _strip(part))]
     style = STYLE.replace("62rem", "none").replace("width: 320px", "width: 120px")
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
