@@ -21,6 +21,7 @@ from diffusers import AutoencoderTiny
 from torch.nn import functional as F
 
 from training.checkpoint import WORK, Progress, cosine
+from training.descent import descend
 from training.muon import Muon
 from training.scenes import clean, load
 from training.world import OTHERS, render, sample_scene
@@ -94,11 +95,7 @@ def main() -> None:
             made = model.decode(latents + NOISE * torch.randn_like(latents)).sample
         made = made.float()
         loss = F.l1_loss(made, images) + 0.5 * gradient_loss(made, images) + 0.5 * F.mse_loss(made, images)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        descend(loss, model, optimizer, schedule)
         progress.tick(F.mse_loss(made, images).item())
     progress.save()
     with torch.no_grad():

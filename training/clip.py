@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from training.checkpoint import WORK, Progress, cosine
+from training.descent import descend
 from training.muon import Muon
 from training.scenes import load
 from training.tokenizer import LENGTH, tokenizer
@@ -182,11 +183,7 @@ def main() -> None:
         target = torch.arange(BATCH)
         contrast = F.cross_entropy(torch.cat([every, own], 1), target) + F.cross_entropy(every.T, target)
         loss = contrast / 2 + attributes(pooled.float(), batch)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        descend(loss, both, optimizer, schedule)
         model.logit_scale.data.clamp_(max=MOST_SCALE)
         progress.tick(contrast.item() / 2)
     progress.save()

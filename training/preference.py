@@ -31,6 +31,7 @@ from transformers import CLIPModel
 
 from training.checkpoint import WORK, Progress, cosine
 from training.clip import processor, swapped
+from training.descent import descend
 from training.muon import Muon
 from training.tokenizer import tokenizer
 from training.world import Scene, apply_defect, caption, render, sample_scene
@@ -188,11 +189,7 @@ def main() -> None:
         aligned = torch.tensor([not one.alignment for pair in shown for one in pair])
         prompts = torch.arange(BATCH).repeat_interleave(2)
         loss = loss + F.cross_entropy(logits.flatten(0, 1)[aligned], prompts[aligned]) / 2
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        descend(loss, model, optimizer, schedule)
         progress.tick(loss.item())
     progress.save()
     print("after:", agreement(model.eval(), vae))

@@ -33,6 +33,7 @@ from ipgo_opt.models import load_pipeline, make_sampler
 from ipgo_opt.rewards.base import prepare
 from ipgo_opt.strategies.promptist import EMBEDDED
 from training.checkpoint import WORK, Progress, cosine
+from training.descent import descend
 from training.world import Scene, article, place, sample_scene, shows_background, subject
 
 END = "<|endoftext|>"
@@ -166,12 +167,9 @@ def fine_tune(words: PreTrainedTokenizerFast, steps: int) -> GPT2LMHeadModel:
         bare, full = map(list, zip(*(pair(rng) for _ in range(BATCH)), strict=True))
         ids, own = laid_out(words, bare, full)
         loss = -log_probabilities(model, ids)[own[:, 1:]].mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        descend(loss, model, optimizer, schedule)
         progress.tick(loss.item())
+    progress.save()
     return model
 
 
@@ -199,10 +197,7 @@ def reward_tune(model: GPT2LMHeadModel, words: PreTrainedTokenizerFast, rounds: 
             ratio = (log_probabilities(model, ids) - old).exp()
             clipped = ratio.clamp(1 - CLIP_RANGE, 1 + CLIP_RANGE)
             loss = -torch.minimum(ratio * advantage, clipped * advantage)[mask].mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            descend(loss, model, optimizer)
         print(
             f"worth {worth.mean():+.3f}, clip {clip.mean():+.4f}, aesthetic {more.mean():+.3f}; {prompts[0]!r} becomes "
             f"{written[0][int(worth[0].argmax())]!r}",

@@ -20,6 +20,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch.nn import functional as F
 
 from training.checkpoint import WORK, Progress, cosine
+from training.descent import descend
 from training.muon import Muon
 
 BATCH = 64
@@ -93,11 +94,7 @@ def main() -> None:
         with torch.autocast(device, torch.bfloat16):
             made = forward(noisy.contiguous(memory_format=torch.channels_last), t, context, return_dict=False)[0]
         loss = F.mse_loss(made.float(), target)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        descend(loss, model, optimizer, schedule)
         average.update_parameters(model)
         progress.tick(loss.item(), save=rank == 0)
     if rank == 0:
